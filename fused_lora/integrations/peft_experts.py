@@ -68,7 +68,7 @@ class AcceleratedExperts(AcceleratedLinear):
         hooked = "a hook on all modules" if _has_any_global_hook() else None
         reason = why_not_plain_tensor(x) or experts.why_not_there(base, call) or why_transformed() or hooked
         parts = [part for w in _wrappers(self) for part in w._parts(w._present(w.active_adapters))]
-        return reason or why_inference(x, parts)
+        return reason or why_inference(x, parts, base)
 
     def _why_not_terms(self) -> str | None:
         base = self.get_base_layer()

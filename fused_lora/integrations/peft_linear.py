@@ -459,4 +459,4 @@ def _why_not_call(layer: Any, names: list[str], x: Tensor, kwargs: dict) -> str 
         return "float64 under autocast"
     if dtypes != {x.dtype} and not getattr(layer, "cast_input_dtype_enabled", True):
         return "casting of the input is switched off"
-    return why_inference(x, layer._parts(names))
+    return why_inference(x, layer._parts(names), layer.get_base_layer())

@@ -53,15 +53,15 @@ def why_not_here() -> str | None:
     return why_transformed() or ("a hook on all modules" if _has_any_global_hook() else None)
 
 
-def why_inference(x: Tensor, parts: Iterable[nn.Module]) -> str | None:
-    """None unless x or a parameter of these parts was made in inference mode, and gradients are recorded.
+def why_inference(x: Tensor, parts: Iterable[nn.Module], base: nn.Module) -> str | None:
+    """None unless x or a parameter of these parts was made in inference mode, and one of them or of base trains.
 
     The operators keep them for a backward, which torch refuses; PEFT keeps their casts, dropped copies or products.
     """
     if torch.compiler.is_compiling():
         return None
     held = [t for part in parts for t in part._parameters.values() if t is not None]
-    return "inference tensors with gradients" if keeps_inference(x, *held) else None
+    return "inference tensors with gradients" if keeps_inference((x, *held), base.parameters()) else None
 
 
 def why_transformed() -> str | None:

@@ -95,7 +95,7 @@ class FusedLoraBehaviour(_Layer):
         rows = self._changed_rows(x, names)
         if rows:
             return activated.activated_forward(self, x, names, rows)[0]
-        if self._why_not_plain(names) or why_transformed() or _is_odd(x, self._parts(names)):
+        if self._why_not_plain(names) or why_transformed() or _is_odd(x, self._parts(names), base):
             return variants.composed_forward(self, base(x), x, names)
         kind = base_of(base)
         fused = kind.why_not_fused(base) is None
@@ -150,8 +150,8 @@ class FusedLoraBehaviour(_Layer):
             return None
         if rows is None:
             return recalled(known, x, operands)
-        _, _, _, _, A, B, scaling, dropout = operands
-        if keeps_inference(x, *A, *B):
+        _, _, weight, bias, A, B, scaling, dropout = operands
+        if keeps_inference((x, *A, *B), (weight, bias)):
             return None
         y = own["_modules"]["base_layer"](x)
         if not (len(rows) or torch.is_grad_enabled()):
@@ -558,11 +558,11 @@ class FusedLoraBehaviour(_Layer):
         return found
 
 
-def _is_odd(x: Any, parts: list[nn.Module]) -> bool:
+def _is_odd(x: Any, parts: list[nn.Module], base: nn.Module) -> bool:
     """Whether only PEFT's calls may take an input and adapters: a sparse one, or some that no backward can keep."""
     if torch.compiler.is_compiling() or not isinstance(x, Tensor):
         return False
-    return x.layout is not torch.strided or why_inference(x, parts) is not None
+    return x.layout is not torch.strided or why_inference(x, parts, base) is not None
 
 
 def _bias_changed(bias: Tensor | None, state: _Merge) -> bool:

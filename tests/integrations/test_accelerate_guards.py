@@ -416,6 +416,24 @@ def test_adapters_made_in_inference_mode(fields, made, autocast, report):
     assert report()["fallback"] == {"inference tensors with gradients": 4}
 
 
+@pytest.mark.parametrize("fields", [{}, {"use_dora": True}], ids=str)
+def test_frozen_adapters_made_in_inference_mode_run_fused(fields, report):
+    """No backward keeps them, until the base trains."""
+    both, x = pair(**fields), torch.ones(9, K)
+    both.do(lambda m: m.requires_grad_(False))
+    layer = layers(both)[0]
+    for part in (layer.lora_A, layer.lora_B):
+        with torch.inference_mode():
+            part["default"].weight = nn.Parameter(part["default"].weight.clone(), requires_grad=False)
+    for _ in range(2):
+        assert_close(layer(x), layers(both)[1](x), terms=64)
+    assert report() == {"fused": 2, "around": {}, "fallback": {}}
+    layer.base_layer.bias.requires_grad_()
+    (found,) = torch.autograd.grad(layer(x).sum(), layer.base_layer.bias)
+    assert_close(found, torch.full((N,), 9.0), terms=9)
+    assert report()["fallback"] == {"inference tensors with gradients": 1}
+
+
 @pytest.mark.parametrize(
     "route, turned",
     [

@@ -9,7 +9,7 @@ The maths and the mask are those of ``fused_lora.reference``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -95,9 +95,14 @@ def is_direct(*tensors: Tensor) -> bool:
     return True
 
 
-def keeps_inference(*tensors: Tensor) -> bool:
-    """Whether a backward may have to keep one of these, which was made in inference mode; torch refuses that."""
-    return torch.is_grad_enabled() and any(t.is_inference() for t in tensors)
+def keeps_inference(tensors: Sequence[Tensor], others: Iterable[Tensor | None]) -> bool:
+    """Whether a backward may have to keep one of these, which was made in inference mode; torch refuses that.
+
+    others: further tensors of the call, which may want a gradient; None for one that it lacks.
+    """
+    if not torch.is_grad_enabled() or not any(t.is_inference() for t in tensors):
+        return False
+    return any(t is not None and t.requires_grad for t in (*tensors, *others))
 
 
 def _direct(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds, rounded=None) -> Tensor:
@@ -191,7 +196,7 @@ def recalled(known: tuple, x: Tensor, operands: tuple) -> Tensor | None:
     layout = x.shape, x.stride(), (x.data_ptr() | weight.data_ptr()) % 16, torch.is_grad_enabled()
     run = runs.get(layout)
     if run is None:
-        if keeps_inference(x, *lora_A, *lora_B):
+        if keeps_inference((x, *lora_A, *lora_B), (weight, bias)):
             return None
         if len(runs) >= _RUNS:
             runs.clear()
