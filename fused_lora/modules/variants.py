@@ -87,7 +87,9 @@ def _rounds_gradients(layer: Any, x: Tensor, names: list[str]) -> bool:
     """Whether wider adapters would get the gradient of a y in x's dtype: PEFT's get that of the sum, in theirs."""
     if not torch.is_grad_enabled() or _autocasts(x):
         return False
-    return any(layer.lora_A[name].weight.dtype.itemsize > x.dtype.itemsize for name in names)
+    factors = [part[name].weight for name in names for part in (layer.lora_A, layer.lora_B)]
+    wanted = x.requires_grad or any(t.requires_grad for t in factors)
+    return wanted and any(t.dtype.itemsize > x.dtype.itemsize for t in factors)
 
 
 def _add(layer: Any, y: Tensor, x: Tensor, name: str, bias: Tensor | None) -> Tensor:

@@ -11,9 +11,11 @@ from torch.nn.utils import parametrize, prune
 
 import fused_lora
 from fused_lora.bases import base_of
+from fused_lora.modules import variants
 from fused_lora.ops import guard
 from fused_lora.ops.dora import op
 from fused_lora.ops.linear import plan
+from fused_lora.ops.term.op import lora_term
 from fused_lora.reference import bits
 from fused_lora.testing.numeric import DRAWS, assert_close, assert_no_worse
 from helpers.accelerated import Net, SideBySide, layers, pair, wrap
@@ -49,6 +51,18 @@ def test_batches_of_gradients_under_dropout(way):
         found = torch.func.vmap(of)(g) if way == "vmap" else of(g, is_grads_batched=True)
         for batch, each in zip(found, single, strict=True):
             assert_close(batch.bfloat16(), torch.stack(each).bfloat16(), terms=100)
+
+
+def test_wider_adapters_that_are_frozen_take_one_operator(monkeypatch):
+    """Only for their gradients, or x's, is the output of a 16-bit base widened before it meets them."""
+    layer, terms = layers(pair(torch.bfloat16, use_dora=True))[0], []
+    monkeypatch.setattr(variants, "lora_term", lambda *args: terms.append(1) or lora_term(*args))
+    for trained in (True, False):
+        layer.requires_grad_(trained).base_layer.requires_grad_(False)
+        for wanted in (False, True):
+            layer(torch.randn(5, 24).bfloat16().requires_grad_(wanted))
+            assert len(terms) == int(trained or wanted)
+            terms.clear()
 
 
 def test_a_single_row_becomes_a_matrix_as_in_peft():
