@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,6 @@ from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
 from fused_lora.bases.base import why_not_own_call, why_not_plain_bias, why_not_plain_weight
-from fused_lora.ops.linear.op import keeps_inference
 
 
 def why_not_plain(module: nn.Module) -> str | None:
@@ -53,15 +52,21 @@ def why_not_here() -> str | None:
     return why_transformed() or ("a hook on all modules" if _has_any_global_hook() else None)
 
 
-def why_inference(x: Tensor, parts: Iterable[nn.Module], base: nn.Module) -> str | None:
+def why_inference(x: Tensor, parts: Sequence[nn.Module], base: nn.Module) -> str | None:
     """None unless x or a parameter of these parts was made in inference mode, and one of them or of base trains.
 
     The operators keep them for a backward, which torch refuses; PEFT keeps their casts, dropped copies or products.
     """
-    if torch.compiler.is_compiling():
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return None
-    held = [t for part in parts for t in part._parameters.values() if t is not None]
-    return "inference tensors with gradients" if keeps_inference((x, *held), base.parameters()) else None
+    made = x.is_inference()
+    for part in parts:  # loops, for this runs in every call
+        for tensor in part._parameters.values():
+            made = made or (tensor is not None and tensor.is_inference())
+    if not made:
+        return None
+    trains = x.requires_grad or any(t.requires_grad for module in (*parts, base) for t in module.parameters())
+    return "inference tensors with gradients" if trains else None
 
 
 def why_transformed() -> str | None:

@@ -54,7 +54,7 @@ def why_not_dora(layer: Any, names: list[str]) -> str | None:
         magnitude = held[name]._parameters.get("weight") if name in held else None
         if name in held and (type(magnitude) is not nn.Parameter or magnitude.shape != (N,)):
             return "the magnitude is no vector of out_features"
-        if name in held and layer.lora_B[name]._parameters["bias"] is not None:
+        if name in held and layer._modules["lora_B"]._modules[name]._parameters["bias"] is not None:
             return "DoRA whose lora_B has a bias"  # which PEFT counts in its norms
     return None
 
@@ -87,9 +87,11 @@ def _rounds_gradients(layer: Any, x: Tensor, names: list[str]) -> bool:
     """Whether wider adapters would get the gradient of a y in x's dtype: PEFT's get that of the sum, in theirs."""
     if not torch.is_grad_enabled() or _autocasts(x):
         return False
-    factors = [part[name].weight for name in names for part in (layer.lora_A, layer.lora_B)]
-    wanted = x.requires_grad or any(t.requires_grad for t in factors)
-    return wanted and any(t.dtype.itemsize > x.dtype.itemsize for t in factors)
+    parts = layer._parts(names)
+    factors = [part._parameters["weight"] for part in (*parts[::3], *parts[1::3])]
+    if all(t.dtype.itemsize <= x.dtype.itemsize for t in factors):
+        return False
+    return x.requires_grad or any(t.requires_grad for t in factors)
 
 
 def _add(layer: Any, y: Tensor, x: Tensor, name: str, bias: Tensor | None) -> Tensor:
