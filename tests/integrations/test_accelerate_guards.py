@@ -394,9 +394,10 @@ def test_adapters_made_in_inference_mode(fields, made, autocast, report):
             layer.base_layer.register_forward_hook(lambda *_: None)
         for wanted in (False, True):
             x, found = torch.ones(9, K, requires_grad=wanted), [None]
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast), torch.no_grad():
+                layer(x), layer(x)  # which is remembered
+            # anew, for autocast of older torch gives casts that it made without gradients
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                with torch.no_grad():
-                    layer(x), layer(x)  # which is remembered
                 try:
                     y = layer(x)
                     leaves = [x, *layer.parameters()] if y.requires_grad else []

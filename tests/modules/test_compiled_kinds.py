@@ -22,6 +22,12 @@ KINDS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def compiles_anew():
+    """Code that Dynamo has given up on in another test would run eagerly in this one."""
+    torch._dynamo.reset()
+
+
 def build(kind, name, **fields):
     make, targets = KINDS[name]
     if kind == "inject":

@@ -241,7 +241,8 @@ class _Hook(_Shared):
             does, what = ("returns", output) if isinstance(x, Tensor) else ("gets", x)
             if self._sites and self._odd is not None and not torch.compiler.is_compiling():
                 self._odd[self._sites[0].path] = f"{does} a {type(what).__name__}"
-            x = next((t for t in (x, output) if isinstance(t, Tensor)), torch.empty(0, device="cpu"))
+            tensors = [t for t in (x, output) if isinstance(t, Tensor)]
+            x = tensors[0] if tensors else torch.empty(0, device="cpu")
             output = x.new_empty(0)
         if torch.compiler.is_compiling():
             _store_terms(output, [x], self._number)
