@@ -169,7 +169,7 @@ def extract_adapter(
     check_new("out", folder, [model.folder for model in (old, new) if model.whole])
     if differ := sorted(old.tensors.keys() ^ new.tensors.keys()):
         raise AdapterError(new.folder, differ[0], f"the tensors of {old.folder!r}", f"others: {some(differ)}")
-    shapes, report = {}, NewAdapter(folder)
+    shapes, turned, report = {}, set(), NewAdapter(folder)
     for name, (shard, entry) in old.tensors.items():
         other = new.tensors[name][1]
         if other.shape != entry.shape:
@@ -179,7 +179,9 @@ def extract_adapter(
         weight = name.endswith(".weight") and len(entry.shape) == 2 and not is_embedding(name)
         if weight and entry.dtype in CAST and other.dtype in CAST:
             path = name.removesuffix(".weight")
-            N, K = entry.shape[::-1] if is_transposed(path, old.config, False) else entry.shape
+            if is_transposed(path, old.config, False):
+                turned.add(path)
+            N, K = entry.shape[::-1] if path in turned else entry.shape
             shapes[path] = (min(rank, N, K), K, N)
         else:
             report.left_out.append(name)
@@ -191,15 +193,15 @@ def extract_adapter(
         delta = new.tensors[name][0].read(name).float() - old.tensors[name][0].read(name).float()
         if not bool(delta.isfinite().all()):
             raise AdapterError(new.tensors[name][0].path, name, "weights with a finite difference", "NaN or Inf")
-        delta = delta.t() if is_transposed(path, old.config, False) else delta
+        delta = delta.t() if path in turned else delta
         parts, total = largest_parts(delta, shapes[path][0], draw), delta.double().square().sum().item()
         kept = parts.S.double().square().sum().item() / total if total else None
         report.layers.append({"path": path, "r": shapes[path][0], "kept": kept})
         return _best(parts, shapes[path][0])
 
-    settings: dict[str, Any] = {"fan_in_fan_out": any(is_transposed(path, old.config, False) for path in shapes)}
-    settings |= {"target_modules": set(), "base_model_name_or_path": old.folder}
-    config = LoraConfig(r=rank, lora_alpha=rank, **settings)
+    config = LoraConfig(
+        r=rank, lora_alpha=rank, target_modules=set(), fan_in_fan_out=bool(turned), base_model_name_or_path=old.folder
+    )
     write_layers(folder, config, shapes, make, dtype)
     return report
 

@@ -119,11 +119,12 @@ class _Planner:
         embedding = self.names.embedding(shape)
         if embedding is None:
             return []
-        self._check_untied(adapter, keys["lora_A"])
-        self._add_head(path, embedding)
+        self._add_head(adapter, keys["lora_A"], path, embedding)
         return [Place(path, 0, shape[0], 0, shape[0])]
 
-    def _add_head(self, path: str, embedding: str) -> None:
+    def _add_head(self, adapter: AdapterFile, key: str, path: str, embedding: str) -> None:
+        """A weight of its own for a head that is not stored."""
+        self._check_untied(adapter, key)
         name = f"{path}.weight"
         if name not in self.found:
             source = self.names.stored(f"{embedding}.weight")
@@ -139,6 +140,14 @@ class _Planner:
             expected = "a head that is all that is tied to the embedding"
             found = f"that of {some(self._models)}" if self._models else "that of an encoder and decoder"
             raise AdapterError(adapter.plan.weights, key, expected, found)
+
+    def _untie_stored(self, adapter: AdapterFile, key: str) -> None:
+        """Of a head that is stored and changes: a config that ties it would put the embedding in its place."""
+        tied = (self._base.config or {}).get("tie_word_embeddings")
+        if tied:
+            self._check_untied(adapter, key)
+        if tied is not False:
+            self._untie()
 
     def _untie(self) -> None:
         config = self._base.config or {}
@@ -166,11 +175,7 @@ class _Planner:
         rows = (0, shape[0]) if transposed else (place.first, place.stop)
         self._add_term(change, *rows, Term(adapter, path, place.skip))
         if path.rpartition(".")[2] in HEADS and self._base.config is not None:
-            tied = self._base.config.get("tie_word_embeddings")
-            if tied:
-                self._check_untied(adapter, keys["lora_A"])
-            if tied is not False:
-                self._untie()
+            self._untie_stored(adapter, keys["lora_A"])
 
     def _merge_stack(self, adapter: AdapterFile, adapted: Adapted) -> None:
         """The delta of each expert goes to its rows of a stack, or to its own tensors."""
@@ -294,15 +299,12 @@ class _Planner:
             if embedding is not None:
                 if name in self.found:
                     raise AdapterError(plan.weights, key, f"one change of {name!r}", "another one beside it")
-                self._check_untied(adapter, key)
-                self._add_head(path, embedding)
+                self._add_head(adapter, key, path, embedding)
                 self.found[name].kind, self.found[name].held = "replace", (adapter, key)
                 return
         self._replace(adapter, name, key)
-        if head and (tied := (self._base.config or {}).get("tie_word_embeddings")) is not False:
-            if tied:
-                self._check_untied(adapter, key)
-            self._untie()
+        if head:
+            self._untie_stored(adapter, key)
 
     def _check_shape(self, adapter: AdapterFile, key: str, stored: str, rows: list[int] | None = None) -> None:
         entry, held = self._base.tensors[stored][1], adapter.plan.entries[key]
