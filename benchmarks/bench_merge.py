@@ -9,10 +9,10 @@ All providers take turns in one run, each on its own copies of the weight, set b
 On a CPU a turn merges four such layers one after another, as merging a model does, then unmerges them (one of PEFT's
 safe_merge, which takes the longest); the times are those of one layer. (The copying between the turns leaves torch's
 threads spinning for milliseconds.) Then come whole models: 120 small layers, and five layers of a decoder layer of
-Llama-3-8B in bf16. Of these `sync` is a merge and the way back, and `switch` puts another adapter in the place of the
-merged one, in PEFT and in `two calls` by an unmerge and a merge. Last come the files of one decoder layer, by
-`bench_checkpoint.py`, which has larger ones. The figure has the time over the size of the weight, where matplotlib is
-installed.
+Llama-3-8B in bf16, on a GPU all of four decoder layers. Of these `sync` is a merge and the way back, and `switch` puts
+another adapter in the place of the merged one, in PEFT and in `two calls` by an unmerge and a merge. Last come the
+files of one decoder layer, by `bench_checkpoint.py`, which has larger ones. The figure has the time over the size of
+the weight, where matplotlib is installed.
 `floor` is the time of the bytes that a merge must move (W read and written, A and B read) at the copy's bandwidth;
 `host us` the time in which the host issues a merge on a GPU, where it need not wait for the device;
 `changed` the share of weights whose bits differ after merge and unmerge; `extra` the peak memory of one merge beyond
@@ -48,7 +48,8 @@ _LAYERS = {"cpu": 4, "cuda": 1}  # in a turn
 _MEASURABLE_BYTES = 1 << 20  # below, pages and arenas outweigh the weight
 _SMALL = [(576, 576), (576, 192), (576, 192), (576, 576), (576, 1536), (576, 1536), (1536, 576)]
 _DECODER = {"q": (4096, 4096), "k": (4096, 1024), "v": (4096, 1024), "o": (4096, 4096)}  # of Llama-3-8B
-_DECODER |= {"down": (14336, 4096)}  # and not all of the MLP: a CPU must be done in two minutes
+_DECODER |= {"down": (14336, 4096)}  # on a CPU not all of the MLP: it must be done in two minutes
+_MLP = {"gate": (4096, 14336), "up": (4096, 14336)}
 _FILES = dict(layers=1, hidden=2048, vocabulary=8000, shards=3, rounds=3)
 _SECONDS, _ROUNDS = 2.0, 5  # at least, of a point
 _DECODER_ROUNDS = 3  # each takes PEFT seconds
@@ -271,7 +272,7 @@ def _frozen(model: torch.nn.Module) -> list[torch.Tensor]:
 def measure_model(report: Report, arguments) -> None:
     """120 layers as small as those of a 135M model: merge and unmerge of the whole model, PEFT's calls and ours."""
     layers = {f"layer{i}": torch.nn.Linear(*_SMALL[i % len(_SMALL)], bias=False) for i in range(120)}
-    bare = torch.nn.ModuleDict(layers)
+    bare = torch.nn.ModuleDict(layers).to(arguments.device)
     config = peft.LoraConfig(r=16, target_modules=list(layers), init_lora_weights=False)
     theirs, ours = _twins(bare, config, ["default"])
     before = [weight.clone() for weight in _frozen(ours)]
@@ -290,11 +291,16 @@ def measure_model(report: Report, arguments) -> None:
 
 
 def measure_decoder(report: Report, arguments) -> None:
-    """Five linear layers of a decoder layer of Llama-3-8B in bf16: merged and taken back, as a training loop sends
-    weights to an engine; and one adapter in the place of another."""
+    """Linear layers of Llama-3-8B in bf16: merged and taken back, as a training loop sends weights to an engine; and
+    one adapter in the place of another."""
     torch.manual_seed(0)
-    bare = torch.nn.ModuleDict({n: torch.nn.Linear(*s, bias=False, dtype=torch.bfloat16) for n, s in _DECODER.items()})
-    config = peft.LoraConfig(r=16, target_modules=list(_DECODER), init_lora_weights=False)
+    sizes, device = _DECODER, arguments.device
+    if device.type == "cuda":
+        sizes = {f"{name}{i}": size for i in range(4) for name, size in (_DECODER | _MLP).items()}
+    what = f"{len(sizes)} layers of Llama-3-8B"
+    layers = {n: torch.nn.Linear(*s, bias=False, dtype=torch.bfloat16, device=device) for n, s in sizes.items()}
+    bare = torch.nn.ModuleDict(layers)
+    config = peft.LoraConfig(r=16, target_modules=list(sizes), init_lora_weights=False)
     theirs, ours = _twins(bare, config, ["a", "b"])
     before = [weight.clone() for weight in _frozen(ours)]
 
@@ -316,16 +322,17 @@ def measure_decoder(report: Report, arguments) -> None:
     few = Namespace(**(vars(arguments) | dict(rounds=min(arguments.rounds, _DECODER_ROUNDS))))
     found = summaries([Candidate(name, calls) for name, calls in steps.items()], Clock(arguments.device), few)
     back = float(all(map(torch.equal, before, _frozen(ours))))
-    report.bar("decoder layer, merged, switched and back: all bits", back, 1, True)
+    report.bar(f"{what}, merged, switched and back: all bits", back, 1, True)
     for name, (there_and_back, merge, switch, unmerge) in found.items():
         row = dict(sync_ms=there_and_back, merge_ms=merge, switch_ms=switch, unmerge_ms=unmerge)
-        report.rows.append(dict(benchmark="merge_decoder", provider=name, dtype="bfloat16", **row))
-        parts = [f"{what[:-3]} {spread(value)}" for what, value in row.items()]
-        print(f"decoder layer of Llama-3-8B, bf16, {name}: {', '.join(parts)} ms")
+        common = dict(benchmark="merge_decoder", provider=name, dtype="bfloat16", layers=len(sizes))
+        report.rows.append(common | row)
+        parts = [f"{key[:-3]} {spread(value)}" for key, value in row.items()]
+        print(f"{what}, bf16, {name}: {', '.join(parts)} ms")
     for i, call, theirs in ((0, "sync", "PEFT"), (2, "switch", "PEFT"), (2, "switch", "two calls")):
         speedup = found[theirs][i]["median"] / found["fused_lora"][i]["median"]
         whose = "PEFT's speed" if theirs == "PEFT" else "the speed of two calls"
-        report.bar(f"{call} of a decoder layer: times {whose}", speedup, 1.0, True)
+        report.bar(f"{call} of {what}: times {whose}", speedup, 1.0, True)
 
 
 def measure_first(report: Report) -> None:
@@ -384,9 +391,10 @@ def main(argv: list[str] | None = None) -> int:
     report = begin("merge", arguments, _SECONDS)
     table = Table(COLUMNS)
     run_points(points(arguments), report, arguments.deadline, lambda point: measure(point, report, table, arguments))
-    if arguments.device.type == "cpu" and not arguments.shapes:
+    if not arguments.shapes:
         measure_model(report, arguments)
         measure_decoder(report, arguments)
+    if arguments.device.type == "cpu" and not arguments.shapes:
         measure_first(report)
         bench_checkpoint.measure(report, Namespace(**(vars(arguments) | _FILES)), goals=False)
     add_bars(report)

@@ -34,7 +34,7 @@ BENCH = "python benchmarks/bench_{}.py --out {{out}} --budget {{minutes}} --comm
 TINY = " --device cpu --shapes 48x40 --seconds 0 --rounds 1"
 PYTEST = "python -m pytest -v -o faulthandler_timeout=60 -m {} -n {} --maxschedchunk 1 "
 COLLECT = "python -m pytest -q --collect-only -m {} "
-GPU_TESTS = "tests/gpu/test_layers.py tests/gpu/test_runtime.py"
+GPU_TESTS = " ".join(f"tests/gpu/test_{name}.py" for name in ("layers", "models", "runtime", "quantised"))
 KERNEL_TESTS = "tests/kernels"
 REST = "tests " + " ".join(f"--ignore={path}" for path in f"{GPU_TESTS} {KERNEL_TESTS}".split())
 SMOKE = "python -m fused_lora.testing.smoke"

@@ -107,8 +107,11 @@ def test_bench_merge_of_models_and_files(load, tmp_path, monkeypatch):
             for step in ("sync", "merge", "switch", "unmerge"):
                 assert_times(row[f"{step}_ms"], 3)
     bars = {bar["name"]: bar["passed"] for bar in content["bars"]}
-    assert bars["decoder layer, merged, switched and back: all bits"] and bars["model of 120 layers: all bits back"]
-    assert "switch of a decoder layer: times the speed of two calls" in bars
+    assert (
+        bars["2 layers of Llama-3-8B, merged, switched and back: all bits"]
+        and bars["model of 120 layers: all bits back"]
+    )
+    assert "switch of 2 layers of Llama-3-8B: times the speed of two calls" in bars
 
 
 def test_bench_checkpoint(load, tmp_path, monkeypatch, capsys):
@@ -227,9 +230,8 @@ def test_bench_linear_over_4_bits(load, tmp_path):
 
 def test_bench_kinds(load, tmp_path, monkeypatch):
     bench = load("bench_kinds")
-    monkeypatch.setattr(bench, "K", 48)
-    monkeypatch.setattr(bench, "M", 8)
-    monkeypatch.setattr(bench, "TOKENS", 12)
+    monkeypatch.setattr(bench, "DORA", {"cpu": (48, 8)})
+    monkeypatch.setattr(bench, "TOKENS", {"cpu": 12})
     small = dict(hidden_size=32, intermediate_size=32, moe_intermediate_size=16, num_experts=4, head_dim=8)
     monkeypatch.setattr(bench, "MOE", bench.MOE | small | dict(num_attention_heads=4, num_key_value_heads=2))
     content = run(bench, tmp_path)
