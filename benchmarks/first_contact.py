@@ -77,6 +77,8 @@ STAGES = (
     _bench("linear", 0.15, "--seconds 0.5", " --rows 8", OURS),
     _bench("merge", 0.08, "--seconds 0.5", "", OURS),
     _bench("decode", 0.12, "--seconds 0.5", " --rows 8", "|^M="),
+    _bench("train", 0.12, "", " --model tiny", "|tokens"),
+    _bench("kinds", 0.08, "--seconds 0.2", " --help", "|fused_lora"),
     _bench("variants", 0.15, "--seconds 0.3", " --rows 8", r"| \*$"),
     _bench("launches", 0.1, "--seconds 0.1", " --help", r"| \*$"),
     _bench("memory", 0.05, "", " --rows 8"),

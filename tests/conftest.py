@@ -80,6 +80,8 @@ def pytest_report_header():
 
 
 def pytest_configure(config):
+    if device := os.environ.get("FUSED_LORA_TEST_DEVICE"):
+        torch.set_default_device(device)
     path = config.getoption("reliability")
     if path and Path(path).resolve() == reliability.RESULTS and config.getoption("keyword"):
         raise pytest.UsageError("--reliability: the page's own figures are of all experiments; -k needs another file")

@@ -160,7 +160,7 @@ def test_dry_run(contact, tmp_path):
     results = {stage.name: json.loads((tmp_path / f"{stage.name}.json").read_text()) for stage in contact.STAGES}
     assert {r["status"] for name, r in results.items() if name != "memcheck"} == {"passed"}
     kinds = {json.loads(path.read_text())["benchmark"] for path in tmp_path.glob("*-*.json")}
-    assert kinds == {"linear", "merge", "decode", "variants", "memory"}
+    assert kinds == {"linear", "merge", "decode", "train", "variants", "memory"}
 
 
 def test_cache_that_cannot_be_unpacked_fails_the_environment(tmp_path):
