@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from fused_lora.ops import guard
+from fused_lora.testing import clock
 from helpers.thorough import sampled
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -512,8 +513,8 @@ class FakeGpu:
 @pytest.fixture
 def fake_gpu(load, monkeypatch):
     report, gpu = load("report"), FakeGpu()
-    monkeypatch.setattr(report, "_Cuda", lambda device: gpu)
-    monkeypatch.setattr(report.time, "perf_counter", gpu.perf_counter)
+    monkeypatch.setattr(clock, "_Cuda", lambda device: gpu)
+    monkeypatch.setattr(clock.time, "perf_counter", gpu.perf_counter)
     return report, gpu, report.Clock(torch.device("cuda"))
 
 
@@ -523,6 +524,7 @@ def test_clock_times_the_device_and_the_host_apart(fake_gpu):
     times = report.interleaved([report.Candidate("a", [slow, fast])], clock, seconds=0, rounds=3)
     assert [t for turn in times["a"] for t in turn] == pytest.approx([0.1, 2.0] * 3)  # not 0.5 of Python
     assert clock.host_us([slow]) == pytest.approx(500) and clock.host_us([slow, fast]) == pytest.approx(550)
+    assert clock.measure(slow) == pytest.approx((0.1, 0.5)) and clock.measure(fast) == pytest.approx((2.0, 0.05))
 
 
 def test_a_first_call_that_compiles_keeps_no_long_lead(fake_gpu):

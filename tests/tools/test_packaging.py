@@ -65,7 +65,7 @@ INSTALLED = {
     "": {"__init__.py", "_version.py", "functional.py", "kernels.py", "reference.py", "py.typed"},
     # doctor's smoke run, and what a user needs to test kernels of their own
     "testing": set(
-        "__init__.py bounds.py graphs.py grouped.py guards.py interpreter.py layers.py numeric.py ordering.py"
+        "__init__.py bounds.py clock.py graphs.py grouped.py guards.py interpreter.py layers.py numeric.py ordering.py"
         " smoke.py".split()
     ),
 }
