@@ -59,7 +59,7 @@ setup(
     packages=find_packages(include=["fused_lora", "fused_lora.*"]) + ["fused_lora.kernels"],
     # kernels/ is a top-level folder, but on PyPI the name belongs to another project: it is installed inside ours
     package_dir={"fused_lora.kernels": "kernels"},
-    package_data={"fused_lora": ["py.typed"]},
+    package_data={"fused_lora": ["py.typed"], "fused_lora.kernels": ["tuned/*.json"]},
     ext_modules=[LOOPS],
     cmdclass={"build_ext": BuildLoops, "bdist_wheel": AnyPython},
     python_requires=">=3.10",

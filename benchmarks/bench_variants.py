@@ -21,7 +21,7 @@ import fused_lora
 from fused_lora.ops import guard
 from fused_lora.ops.linear import eager as cpu
 from fused_lora.ops.linear import launch as kernel
-from fused_lora.ops.linear import plan
+from fused_lora.ops.linear import plan, tuned
 from fused_lora.reference import keep_scale
 
 COLUMNS = [("layer", 44), ("op", 8), ("variant", 10), ("ms", 26), ("xbare", 7), ("chosen", 7)]
@@ -33,16 +33,13 @@ def variants(op: str, point: Point, device: torch.device) -> tuple[list[str], st
     """The variants that can run here, and the one that the plan chooses."""
     if not guard.usable(device):
         return ["eager"], "eager"
-    from fused_lora.kernels import config
+    from fused_lora.kernels.config import capability
 
     dtype, masked, upcast = getattr(torch, point.dtype), point.dropout > 0, point.adapter_dtype != point.dtype
-    capability = config.capability(device)
-    if op == "linear":
-        kernels, contraction = config.variants(point.M, point.r, dtype, masked, upcast), point.inputs
-    else:
-        kernels, contraction = ("passes",) if point.r <= config.PASS_RANKS else (), point.outputs
-    chosen = plan.choose(op, point.M, contraction, point.r, dtype, masked, upcast, 1, capability)
-    return [*kernels, "library", "eager"], chosen
+    others = point.r, dtype, masked, upcast, 1, capability(device)
+    size = (point.outputs, point.inputs) if op == "linear" else (point.inputs, point.outputs)
+    chosen = plan.plan(op, point.M, *size, *others, table=tuned.table(device)).variant
+    return [*plan.candidates(op, point.M, *others)], chosen
 
 
 def runs(op: str, names: list[str], weights: Weights, x, g, dropout: float, seeds) -> dict[str, Callable]:

@@ -20,6 +20,7 @@ COMMANDS = {
     "run": ("cli.run:main", "run a script with every LoRA layer that PEFT builds in it accelerated"),
     "serve": ("cli.serve:main", "answer OpenAI's API for a model and a folder of adapters"),
     "shrink": ("cli.adapters:shrink", "make the nearest adapter of a lower rank"),
+    "tune": ("diagnostics.tune:main", "time every way to compute a model's layers on this GPU, and keep the fastest"),
     "unmerge": ("cli.merge:unmerge", "write the files from before a merge with --record"),
 }
 

@@ -7,7 +7,6 @@ on a GPU compiles about a hundred kernels. Exit code: 1 if a result is wrong or 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import importlib.metadata
 import json
 import os
@@ -25,11 +24,12 @@ from torch.nn.functional import dropout, linear
 
 import fused_lora
 from fused_lora.ops import guard, native
+from fused_lora.ops.linear import tuned
 from fused_lora.testing import smoke
 from fused_lora.testing.layers import LayerCase
 
 PACKAGES = ("torch", "triton", "peft", "transformers")
-SWITCHES = ("FUSED_LORA_PLAN", "FUSED_LORA_CHECK", "TRITON_INTERPRET")
+SWITCHES = ("FUSED_LORA_PLAN", "FUSED_LORA_CHECK", tuned.SWITCH, "TRITON_INTERPRET")
 # a layer of an 8B model in training, and one that a CPU does in a fraction of a second
 TIMED: dict[str, dict[str, Any]] = {
     "cuda": dict(M=8192, K=4096, N=4096, r=16, dropout=0.1, dtype=torch.bfloat16),
@@ -61,9 +61,10 @@ def examine(device: torch.device) -> Iterator[tuple[str, Any]]:
         warnings.simplefilter("always")
         plan = fused_lora.explain(**TIMED[device.type], device=str(device))
         kernels = plan.forward.variant != "eager"
-        path = {"runs": "kernels" if kernels else plan.notes[0].partition(";")[0]}
+        path: dict[str, str | None] = {"runs": "kernels" if kernels else plan.notes[0].partition(";")[0]}
         path |= {"forward": plan.forward.variant, "backward": plan.backward.variant}
         path["CPU loops"] = native.describe()
+        path["tuned plans"] = tuned.describe(device) if kernels else None
         if device.type == guard.DEVICE and (why := guard.why_not(device)) and why == guard.no_driver():
             wrong.append(why)  # the other reasons are a choice
         yield "path", path | {name: os.environ.get(name) for name in SWITCHES}
@@ -94,16 +95,9 @@ def gpu(device: torch.device) -> dict[str, object]:
         "name": properties.name,
         "capability": f"{properties.major}.{properties.minor}",
         "memory": f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB free",
-        "driver": f"for CUDA {driver_version()}" if cuda else None,
+        "driver": f"for CUDA {tuned.driver_version()}" if cuda else None,
         "torch": f"for CUDA {cuda}" if cuda else f"for ROCm {torch.version.hip}",
     }
-
-
-def driver_version() -> str:
-    """The newest CUDA that the driver runs, "13.0". OSError where there is no driver for NVIDIA's GPUs."""
-    number = ctypes.c_int()
-    ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(number))
-    return f"{number.value // 1000}.{number.value % 1000 // 10}"
 
 
 def operators(device: torch.device) -> Iterator[str]:

@@ -14,6 +14,7 @@ import torch
 
 from fused_lora.diagnostics.tables import dtype_name, grouped, pattern, table
 from fused_lora.ops import guard
+from fused_lora.ops.linear import tuned
 from fused_lora.ops.linear.plan import Plan, plan
 
 if TYPE_CHECKING:
@@ -140,10 +141,10 @@ def explain(
         return ModelExplanation(tuple(layer_report(model)))
     _check(sizes | dict(adapters=adapters), dropout, dtype, adapter_dtype)
     adapter_dtype = adapter_dtype or dtype
-    place, capability, notes = _place(device, (dtype, adapter_dtype))
+    place, capability, notes, measured = _place(device, (dtype, adapter_dtype))
     upcast = adapter_dtype != dtype
     shape = (M, N, K, r, dtype, dropout > 0, upcast, adapters)
-    plans = _plans(shape, capability)
+    plans = _plans(shape, capability, measured)
     notes += _dropped(plans)
     of_adapters = "" if adapters == 1 else f" adapters={adapters}"
     over = f" with {dtype_name(adapter_dtype)} adapters" if upcast else ""
@@ -164,23 +165,23 @@ def _check(sizes: dict[str, int | None], dropout: float, dtype, adapter_dtype) -
             raise TypeError(f"{name}: expected a torch.dtype, got {value!r}")
 
 
-def _place(device, dtypes: Iterable[torch.dtype]) -> tuple[str, int, tuple[str, ...]]:
-    """(name, capability or 0 for the eager path, notes) of the device that was asked for."""
+def _place(device, dtypes: Iterable[torch.dtype]) -> tuple[str, int, tuple[str, ...], tuned.Table | None]:
+    """(name, capability or 0 for the eager path, notes, tuned plans) of the device that was asked for."""
     chip = _capability_of(device) if isinstance(device, str) else None
     if chip is not None:
-        return _of_dtypes(device, chip, dtypes)
+        return *_of_dtypes(device, chip, dtypes), None
     try:
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except (RuntimeError, TypeError):
         raise ValueError(f"device: expected a torch device or one of {', '.join(CHIPS)}, got {device!r}") from None
     if why := guard.why_not(device):
         why = "the CPU path: plain torch, no kernels" if device.type == "cpu" else f"the eager path: {why}"
-        return str(device), 0, (f"{device} takes {why}; launches and bytes are not counted",)
+        return str(device), 0, (f"{device} takes {why}; launches and bytes are not counted",), None
     if not torch.cuda.is_available():
         raise ValueError(f"device: expected a device that is here or the name of a chip ('H100'), got {str(device)!r}")
     from fused_lora.kernels.config import capability
 
-    return _of_dtypes(torch.cuda.get_device_name(device), capability(device), dtypes)
+    return *_of_dtypes(torch.cuda.get_device_name(device), capability(device), dtypes), tuned.table(device)
 
 
 def _capability_of(name: str) -> int | None:
@@ -199,12 +200,12 @@ def _of_dtypes(name: str, capability: int, dtypes: Iterable[torch.dtype]) -> tup
     return name, capability, ()
 
 
-def _plans(shape: tuple[Any, ...], capability: int) -> tuple[Plan, Plan]:
+def _plans(shape: tuple[Any, ...], capability: int, table: tuned.Table | None) -> tuple[Plan, Plan]:
     M, N, K, r, dtype, dropout, upcast, adapters = shape
     if capability == 0:
         return Plan("eager"), Plan("eager")
     rest = r, dtype, dropout, upcast, adapters, capability
-    return plan("linear", M, N, K, *rest), plan("backward", M, K, N, *rest)
+    return plan("linear", M, N, K, *rest, table=table), plan("backward", M, K, N, *rest, table=table)
 
 
 def _dropped(plans: Sequence[Plan]) -> tuple[str, ...]:

@@ -39,7 +39,7 @@ def test_a_cpu(capsys):
     assert report["no kernels"] == {"operators": "4 cases right", "merges": "1 cases right"} and "kernels" not in report
     assert report["one layer"]["layer"] == "M=9 K=32 N=24 r=4 dropout=0.1 dtype=torch.float32"
     assert set(report["one layer"]) == {"layer", "forward + backward, ms", "eager, ms"}
-    assert report["warnings"] == report["wrong"] == []
+    assert report["path"]["tuned plans"] is None and report["warnings"] == report["wrong"] == []
 
 
 def test_the_table_shows_what_the_json_has(capsys):
@@ -88,8 +88,10 @@ def test_the_kernels(capsys, device, monkeypatch):
     if device.type == "cpu":
         explain = fused_lora.explain
         monkeypatch.setattr(fused_lora, "explain", lambda **shape: explain(**shape | dict(device="H100")))
+    monkeypatch.setenv("FUSED_LORA_TUNED", "nothing.json")
     report = found(capsys, 0, "--device", device.type)
     assert report["path"]["runs"] == "kernels" and report["path"]["backward"] != "eager"
+    assert report["path"]["tuned plans"].startswith("rules: ") and "nothing.json" in report["path"]["tuned plans"]
     assert [*report["kernels"]] == ["layers", "merges", "switches", "grouped", "others"] and not report["wrong"]
 
 
@@ -101,18 +103,6 @@ def test_a_gpu_with_its_kernels_switched_off(capsys, monkeypatch):
     assert "FUSED_LORA_PLAN=eager" in report["path"]["runs"]
     assert report["no kernels"]["operators"] == "4 cases right"
     assert report["first uses"] == {"passed": 0, "dropped": 0}
-
-
-def test_the_driver_says_its_version_itself(monkeypatch):
-    class Library:
-        def __init__(self, name):
-            assert name == "libcuda.so.1"
-
-        def cuDriverGetVersion(self, number):
-            number._obj.value = 13010
-
-    monkeypatch.setattr(doctor.ctypes, "CDLL", Library)
-    assert doctor.driver_version() == "13.1"
 
 
 @pytest.mark.parametrize("name", ["meta"] if torch.cuda.is_available() else ["meta", "cuda"])

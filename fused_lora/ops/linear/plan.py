@@ -1,9 +1,10 @@
 """Which implementation runs: the one place where a kernel takes over from the eager path.
 
-``choose`` and ``plan`` are pure functions of shape, dtype and chip, so every run of a program makes the same choice:
-one launch for few rows; else a shrink and the library's GEMM, which adds to the LoRA term, or on sm_90 a fused GEMM
-where that was measured to be faster (docs/performance.md). The input gradient is the library's GEMM at every size. A
-4-bit weight is read as it is for few rows, and dequantised first for more.
+``choose`` and ``plan`` are pure functions of shape, dtype and chip, and of what ``fused-lora tune`` has measured on it:
+every run of a program makes the same choice. Where nothing was measured, rules choose: one launch for few rows; else a
+shrink and the library's GEMM, which adds to the LoRA term, or on sm_90 a fused GEMM where that was measured to be
+faster (docs/performance.md). The input gradient is the library's GEMM at every size. A 4-bit weight is read as it is
+for few rows, and dequantised first for more.
 
 ``forward`` and ``backward`` find what a call runs under one key: shapes, strides, dtypes and devices of its tensors,
 scaling and dropout. What depends on these alone is done when a key is new: checks of the arguments, the plan, the
@@ -29,7 +30,7 @@ from fused_lora.ops.alike import Alike
 from fused_lora.ops.checks import check_linear
 from fused_lora.ops.dequant import FourBit, by_torch
 from fused_lora.ops.dequant import small_case as small_weight
-from fused_lora.ops.linear import eager
+from fused_lora.ops.linear import eager, tuned
 from fused_lora.ops.linear import launch as kernel
 from fused_lora.ops.linear.launch import Plan
 
@@ -62,6 +63,31 @@ class Case(NamedTuple):
     rounded: torch.dtype | None = None  # to which the launches round the adapters, all of them fp32
 
 
+def candidates(
+    op: str,
+    M: int,
+    r: int,
+    dtype: torch.dtype,
+    dropout: bool,
+    upcast: bool,
+    adapters: int,
+    capability: int,
+    whole: bool = True,
+) -> tuple[str, ...]:
+    """The variants of ``op`` that can run there, "eager" last; :func:`choose`, with these arguments, takes one."""
+    from fused_lora.kernels.config import PASS_RANKS, variants
+
+    if capability < 80:
+        return ("eager",)  # untried chips keep to the library
+    if op == "term":
+        return "library", "eager"
+    if op == "backward":
+        passes = whole and adapters == 1 and r <= PASS_RANKS
+        return ("passes", "library", "eager") if passes else ("library", "eager")
+    own = variants(M, r, dtype, dropout, upcast, adapters, op == "linear_4bit")
+    return (*own, "eager") if op == "linear_4bit" else (*own, "library", "eager")
+
+
 def choose(
     op: str,
     M: int,
@@ -74,7 +100,7 @@ def choose(
     capability: int,
     whole: bool = True,
 ) -> str:
-    """The variant of ``op`` ("linear", "linear_4bit", "term" or "backward") at M rows and a contraction of K.
+    """The rules' variant of ``op`` ("linear", "linear_4bit", "term" or "backward") at M rows and a contraction of K.
 
     capability: 10 * major + minor of an NVIDIA chip, 0 for any other. upcast: adapters wider than x. whole: all
     gradients of x and of the adapters are wanted.
@@ -87,19 +113,11 @@ def choose(
         "backward": "passes" (one over g, one over x, then the library's GEMM), "library" (shrink, expand, the library's
         GEMM, weight gradients) or "eager".
     """
-    from fused_lora.kernels.config import PASS_RANKS, variants
-
-    if capability < 80:
-        return "eager"  # untried chips keep to the library
-    if op == "term":
-        return "library"
-    if op == "backward":
-        return "passes" if whole and adapters == 1 and r <= PASS_RANKS else "library"
-    variant = variants(M, r, dtype, dropout, upcast, adapters, op == "linear_4bit")[-1]
-    if variant == "recompute" or op == "linear_4bit":
-        return variant
+    able = candidates(op, M, r, dtype, dropout, upcast, adapters, capability, whole)
+    if "recompute" in able:
+        return "recompute"
     fused = capability == 90 and dtype.itemsize == 2 and not upcast and K <= _LONG and M >= _FUSED_ROWS
-    return "split" if fused else "library"
+    return "library" if op == "linear" and "library" in able and not fused else able[0]
 
 
 def plan(
@@ -115,12 +133,20 @@ def plan(
     capability: int,
     whole: bool = True,
     rounds: bool = False,
+    table: tuned.Table | None = None,
+    variant: str | None = None,
 ) -> Plan:
     """Variant and configurations of ``op`` at M rows, N results a row and a contraction of K.
 
     "backward" stands for all gradients; its N are a layer's in_features. rounds: fp32 adapters are rounded to dtype.
+    table: measurements of this chip, before the rules. variant: that one, whatever they say.
     """
-    variant = choose(op, M, K, r, dtype, dropout, upcast, adapters, capability, whole)
+    if variant is None:
+        others = r, dtype, dropout, upcast, adapters, capability, whole
+        variant = choose(op, M, K, *others)
+        if table is not None and whole and adapters == 1:
+            found = table.variant(M, tuned.shape(op, N, K, r, dtype, dropout, upcast, rounds))
+            variant = found if found in candidates(op, M, *others) else variant
     if variant == "eager":
         return Plan("eager")
     rest = capability, upcast
@@ -298,9 +324,10 @@ def backward(
 
 
 def forget() -> None:
-    """Plan all shapes anew, after a change of ``FUSED_LORA_PLAN``; what has failed stays dropped."""
+    """Plan all shapes anew, after a change of ``FUSED_LORA_PLAN`` or of tuned plans; what has failed stays dropped."""
     global kept
     kept = {}  # another one: whoever remembers what it found in this one sees that
+    tuned.table.cache_clear()
 
 
 def layout(*tensors: torch.Tensor) -> tuple:
@@ -337,7 +364,17 @@ def as_rounded(adapters: Sequence[torch.Tensor], dtype: torch.dtype) -> list[tor
     return [t.to(dtype) for t in adapters]
 
 
-def _case_of(rows, N, K, bias, lora_A, lora_B, dropout, weight=None, rounded=None) -> Case:
+def case_of(
+    rows: torch.Tensor,
+    N: int,
+    K: int,
+    bias: torch.Tensor | None,
+    lora_A: Sequence[torch.Tensor],
+    lora_B: Sequence[torch.Tensor],
+    dropout: Sequence[float],
+    weight: torch.Tensor | FourBit | None = None,
+    rounded: torch.dtype | None = None,
+) -> Case:
     """All that a plan depends on; ``rows`` are x, or the gradient of y in the backward."""
     four_bit = isinstance(weight, FourBit)
     return Case(
@@ -358,14 +395,19 @@ def _case_of(rows, N, K, bias, lora_A, lora_B, dropout, weight=None, rounded=Non
 
 def _forward(x, weight, bias, lora_A, lora_B, scaling, dropout, rounded) -> Callable:
     N, K = weight.shape
-    call = _case_of(x, N, K, bias, lora_A, lora_B, dropout, weight, rounded)
-    op, prepare = "linear", kernel.lora_linear
+    call = case_of(x, N, K, bias, lora_A, lora_B, dropout, weight, rounded)
+    op = "linear" if call.nested is None else "linear_4bit"
+    return forward_by(planned(op, call, N, K), call)[1]
+
+
+def forward_by(chosen: Plan, call: Case) -> tuple[tuple, Callable]:
+    """(key of its first use, the function of the tensors) of a forward by this plan, once its check has passed."""
+    op, prepare, rounded = "linear", kernel.lora_linear, call.rounded
     otherwise: Callable = on_rounded(eager.lora_linear, rounded)
     if call.nested is not None:
         op, prepare, otherwise = "linear_4bit", _prepare_4bit, partial(_dequantised, rounded=rounded)
-    chosen = planned(op, call, call.outputs, call.inputs)
     if chosen.variant == "eager":
-        return otherwise
+        return (), otherwise
     case = small_case_of(chosen, call)
 
     def check() -> str | None:
@@ -374,15 +416,21 @@ def _forward(x, weight, bias, lora_A, lora_B, scaling, dropout, rounded) -> Call
         exact = on_rounded(reference.lora_linear, rounded)(x, by_torch(W) if isinstance(W, FourBit) else W, *others)
         return guard.compare(ours, exact, case.dtype, chosen.variant in kernel.LIBRARY)
 
-    return prepared((op, chosen, case), prepare, otherwise, check)
+    key = op, chosen, case
+    return key, prepared(key, prepare, otherwise, check)
 
 
 def _backward(g, x, weight, lora_A, lora_B, dropout, needs, rounded) -> Callable:
-    call = _case_of(g, g.shape[1], x.shape[1], None, lora_A, lora_B, dropout, weight, rounded)
-    chosen = planned("backward", call, call.inputs, call.outputs, all(needs[:-2]))
+    call = case_of(g, g.shape[1], x.shape[1], None, lora_A, lora_B, dropout, weight, rounded)
+    return backward_by(planned("backward", call, call.inputs, call.outputs, all(needs[:-2])), call)[1]
+
+
+def backward_by(chosen: Plan, call: Case) -> tuple[tuple, Callable]:
+    """The same of a backward."""
+    rounded = call.rounded
     otherwise: Callable = on_rounded(eager.lora_linear_backward, rounded)
     if chosen.variant == "eager":
-        return otherwise
+        return (), otherwise
     case = small_case_of(chosen, call)
 
     def check() -> str | None:
@@ -399,7 +447,8 @@ def _backward(g, x, weight, lora_A, lora_B, dropout, needs, rounded) -> Callable
         exact = [exact_dx, *exact_dA, *exact_dB]
         return guard.compare([dx, *dA, *dB], exact, x.dtype, library=True)
 
-    return prepared(("backward", chosen, case), kernel.lora_linear_backward, otherwise, check)
+    key = "backward", chosen, case
+    return key, prepared(key, kernel.lora_linear_backward, otherwise, check)
 
 
 def prepared(key: tuple, prepare: Callable, eager_run: Callable, check: Callable[[], str | None]) -> Callable:
@@ -413,7 +462,7 @@ def prepared(key: tuple, prepare: Callable, eager_run: Callable, check: Callable
     return found.__call__  # past a detour of Python's through C
 
 
-def planned(op: str, call: Case, N: int, K: int, whole: bool = True) -> Plan:
+def planned(op: str, call: Case, N: int, K: int, whole: bool = True, variant: str | None = None) -> Plan:
     """The :func:`plan` of a call; "eager" where no kernel runs: its device, its dtypes, no rows, no ranks."""
     dtypes = {dtype for _, *both in call.adapters for dtype in both}
     empty = not call.rows or not all([r for r, *_ in call.adapters])
@@ -424,7 +473,7 @@ def planned(op: str, call: Case, N: int, K: int, whole: bool = True) -> Plan:
     r, upcast, chip = max(r for r, *_ in call.adapters), dtypes != {call.dtype}, capability(call.device)
     rounds = call.rounded is not None
     shape = call.rows, N, K, r, call.dtype, any(call.dropout), upcast and not rounds, len(call.adapters), chip
-    return plan(op, *shape, whole, rounds)
+    return plan(op, *shape, whole, rounds, tuned.table(call.device) if variant is None else None, variant)
 
 
 def small_case(case: Case) -> tuple:

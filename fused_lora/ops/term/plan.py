@@ -34,7 +34,7 @@ def forward(
     key = "term", plan.layout(y, x, *lora_A, *lora_B), None if bias is None else bias.dtype, rounded, *scaling, *dropout
     found = plan.kept.get(key)
     if found is None:
-        call = plan._case_of(x, y.shape[1], x.shape[1], bias, lora_A, lora_B, dropout, rounded=rounded)
+        call = plan.case_of(x, y.shape[1], x.shape[1], bias, lora_A, lora_B, dropout, rounded=rounded)
         found = plan.keep(key, _forward(call))
     return found
 
