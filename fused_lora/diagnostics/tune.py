@@ -50,11 +50,10 @@ def tune(
     adapter_dtype: torch.dtype | None = None,
     autocast: bool = False,
     dropout: float = 0.1,
-    device: torch.device | str = "cuda",
     timer: Timer | None = None,
     tell: Callable[[str], object] = lambda line: None,
 ) -> tuned.Table:
-    """Measure linear layers with one adapter on a GPU, add the results to a file, and return all that is in it.
+    """Measure linear layers with one adapter on the current GPU; add the results to a file, and return all it has.
 
     Args:
         shapes: (in_features, out_features) of each layer. rows: numbers of rows of x.
@@ -67,10 +66,10 @@ def tune(
 
     Raises:
         ValueError: an argument is out of range, or ``out`` is there and no file of tuned plans. OSError: of the file.
-        RuntimeError: no kernel runs on the device.
+        RuntimeError: no kernel runs there.
     """
-    device = torch.device(device)
-    _check(shapes, rows, r, dtype, dropout, autocast)
+    device = torch.device(guard.DEVICE)
+    _check(shapes, rows, r, dtype, adapter_dtype, autocast, dropout)
     if why := why_not(device):
         raise RuntimeError(why)
     table = _begun(out or tuned.own_path(device), device, tell)
@@ -105,14 +104,17 @@ def why_not(device: torch.device) -> str | None:
     return None if capability(device) >= 80 else f"no kernel runs on {device}: they are for NVIDIA's from sm_80 on"
 
 
-def _check(shapes, rows, r, dtype, dropout, autocast) -> None:
+def _check(shapes, rows, r, dtype, adapter_dtype, autocast, dropout) -> None:
     for name, values in {"shapes": [size for shape in shapes for size in shape], "rows": rows, "r": [r]}.items():
         if not values or any(type(value) is not int or value < 1 for value in values):
             raise ValueError(f"{name}: expected positive integers, got {values!r}")
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout: expected a probability below 1, got {dropout!r}")
-    if dtype not in DTYPES.values():
-        raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype}")
+    for name, value in {"dtype": dtype, "adapter_dtype": adapter_dtype or dtype}.items():
+        if value not in DTYPES.values():
+            raise ValueError(f"{name}: expected one of {', '.join(DTYPES)}, got {value}")
+    if autocast and adapter_dtype:
+        raise ValueError("adapter_dtype: expected none beside autocast, whose adapters are fp32")
     if autocast and dtype == torch.float32:
         raise ValueError("autocast: expected a dtype of 16 bits, got float32")
 
@@ -241,10 +243,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _options()
     chosen, device = options.parse_args(arguments), torch.device(guard.DEVICE)
     dtype, wide = DTYPES[chosen.dtype], DTYPES.get(chosen.adapter_dtype)
-    if chosen.autocast and wide:
-        options.error("--adapter-dtype: expected none beside --autocast, whose adapters are fp32")
     if not 0 <= chosen.seconds < float("inf"):
-        options.error(f"--seconds: expected a positive number, got {chosen.seconds}")
+        options.error(f"--seconds: expected a number from 0 on, got {chosen.seconds}")
     if why := why_not(device):
         print(f"fused-lora tune: {why}. Nothing was changed.", file=sys.stderr)
         return 1
@@ -255,12 +255,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except (ImportError, OSError, ValueError) as error:
             options.error(f"--model: {error}")
     settings: dict[str, Any] = dict(rows=chosen.rows, r=chosen.r, dtype=dtype, adapter_dtype=wide)
-    settings |= dict(autocast=chosen.autocast, dropout=chosen.dropout, device=device)
-    settings |= dict(timer=device_timer(device, chosen.seconds), tell=partial(print, flush=True))
+    settings |= dict(autocast=chosen.autocast, dropout=chosen.dropout, tell=partial(print, flush=True))
     try:
-        table = tune(shapes, chosen.out, **settings)
+        table = tune(shapes, chosen.out, timer=device_timer(device, chosen.seconds), **settings)
     except ValueError as error:
-        options.error(f"--{error}")
+        name, _, text = str(error).partition(":")
+        options.error(f"--{name.replace('_', '-')}:{text}")
     except OSError as error:
         options.error(f"--out: {error}")
     print(f"{table.path}: {len(table)} measurements, {table.changes} of them change the rules' choice")

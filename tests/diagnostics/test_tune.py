@@ -23,14 +23,14 @@ def timer(**ms):
 
 
 @pytest.fixture
-def measure(kernels_on, device, tmp_path):
+def measure(kernels_on, tmp_path):
     """A small layer by fake times, without a word of warning: {op: what was measured}."""
 
     def run(times, **layer):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             layer = LAYER | layer
-            table = tune.tune([(48, 40)], tmp_path / "tuned.json", device=device, timer=times, **layer)
+            table = tune.tune([(48, 40)], tmp_path / "tuned.json", timer=times, **layer)
         return {shape.op: found[8] for shape, found in table.found.items() if shape.dropout == (layer["dropout"] > 0)}
 
     return run
@@ -76,7 +76,7 @@ def test_noise_keeps_the_variant_of_the_rules():
 
 
 @pytest.mark.parametrize("when", ["in its check", "later"])
-def test_a_wrong_variant_is_never_chosen(when, kernels_on, device, tmp_path, monkeypatch):
+def test_a_wrong_variant_is_never_chosen(when, kernels_on, tmp_path, monkeypatch):
     honest = kernel.lora_linear
 
     def bad(chosen, x, *arguments):
@@ -89,7 +89,7 @@ def test_a_wrong_variant_is_never_chosen(when, kernels_on, device, tmp_path, mon
 
     monkeypatch.setattr(kernel, "lora_linear", bad)
     with pytest.warns(UserWarning, match="split.*is dropped"):
-        table = tune.tune([(48, 40)], tmp_path / "a.json", device=device, timer=timer(split=0.1, library=0.5), **LAYER)
+        table = tune.tune([(48, 40)], tmp_path / "a.json", timer=timer(split=0.1, library=0.5), **LAYER)
     (found,) = (by_rows[8] for shape, by_rows in table.found.items() if shape.op == "linear")
     assert found.variant == "library" and "split" not in found.us
 
@@ -109,22 +109,22 @@ def test_what_was_measured_before_stays(measure, tmp_path):
     }
 
 
-def test_a_file_of_another_machine_is_begun_anew(measure, tmp_path, device):
+def test_a_file_of_another_machine_is_begun_anew(measure, tmp_path):
     measure(timer(eager=0.5))
     path, lines = tmp_path / "tuned.json", []
     path.write_text(path.read_text().replace(torch.__version__, "1.0"))
-    tune.tune([(64, 40)], path, device=device, timer=timer(), tell=lines.append, **LAYER)
+    tune.tune([(64, 40)], path, timer=timer(), tell=lines.append, **LAYER)
     assert lines[0] == f"{path} is begun anew: it was measured under torch 1.0, here {torch.__version__}"
     assert {shape.K for shape in tuned.read(path).found if shape.op == "linear"} == {64}
 
 
-def test_a_layer_too_large_is_left_out(measure, kernels_on, device, tmp_path, monkeypatch):
+def test_a_layer_too_large_is_left_out(kernels_on, tmp_path, monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError("full")
 
     monkeypatch.setattr(kernel, "lora_linear_backward", full)
     lines = []
-    table = tune.tune([(48, 40)], tmp_path / "a.json", device=device, timer=timer(), tell=lines.append, **LAYER)
+    table = tune.tune([(48, 40)], tmp_path / "a.json", timer=timer(), tell=lines.append, **LAYER)
     assert {shape.op for shape in table.found} == {"linear"}
     assert lines[1] == "48x40 rows=8 dropout=0 backward: not measured, the memory does not suffice"
 
@@ -156,6 +156,13 @@ def test_without_a_gpu_nothing_is_changed(tmp_path, monkeypatch, capsys):
     assert not list(tmp_path.iterdir())
     with pytest.raises(RuntimeError, match="no GPU"):
         tune.tune()
+
+
+@pytest.mark.parametrize("name", ["dtype", "adapter_dtype"])
+def test_dtypes_that_no_kernel_has(name, kernels_on, tmp_path):
+    with pytest.raises(ValueError, match=f"^{name}: expected one of bfloat16.* got torch.float64"):
+        tune.tune([(48, 40)], tmp_path / "a.json", **{name: torch.float64})
+    assert not list(tmp_path.iterdir())
 
 
 def test_kernels_that_are_switched_off(kernels_on, monkeypatch, capsys):
