@@ -145,17 +145,27 @@ def _version(name: str) -> str | None:
         return None
 
 
+def _device(name: str) -> torch.device | None:
+    """The device; None where it is none that can be examined."""
+    try:
+        found = torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError):  # what torch raises where it was built without CUDA
+        return None
+    return found if found.type in TIMED else None
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Examine the machine and print a table, or JSON."""
     style = argparse.RawDescriptionHelpFormatter
     options = argparse.ArgumentParser("fused-lora doctor", description=__doc__, formatter_class=style)
-    options.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", type=torch.device)
+    options.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options.add_argument("--json", action="store_true", help="one JSON object instead of the table")
     chosen = options.parse_args(arguments)
-    if chosen.device.type not in TIMED or chosen.device.type == "cuda" and not torch.cuda.is_available():
-        options.error(f"--device: expected cpu or a GPU that torch finds, got {str(chosen.device)!r}")
+    device = _device(chosen.device)
+    if device is None:
+        options.error(f"--device: expected cpu or a GPU that torch finds, got {chosen.device!r}")
     found = {}
-    for title, content in examine(chosen.device):
+    for title, content in examine(device):
         found[title] = content
         if not chosen.json:
             rows = content.items() if isinstance(content, dict) else [("", text) for text in content or ["none"]]

@@ -105,7 +105,7 @@ def test_a_gpu_with_its_kernels_switched_off(capsys, monkeypatch):
     assert report["first uses"] == {"passed": 0, "dropped": 0}
 
 
-@pytest.mark.parametrize("name", ["meta"] if torch.cuda.is_available() else ["meta", "cuda"])
+@pytest.mark.parametrize("name", ["meta", "gpu", "", "cuda:77", *([] if torch.cuda.is_available() else ["cuda"])])
 def test_a_device_that_is_not_here(name, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(["doctor", "--device", name])
