@@ -37,7 +37,7 @@ COLLECT = "python -m pytest -q --collect-only -m {} "
 GPU_TESTS = " ".join(f"tests/gpu/test_{name}.py" for name in ("layers", "models", "runtime", "quantised"))
 KERNEL_TESTS = "tests/kernels"
 REST = "tests " + " ".join(f"--ignore={path}" for path in f"{GPU_TESTS} {KERNEL_TESTS}".split())
-TUNE = "python -m fused_lora.cli tune"
+TUNE = "python -m fused_lora.cli tune --seconds 0.1"
 SMOKE = "python -m fused_lora.testing.smoke"
 OF_TESTS = r"^kernels run|^FAILED |^ERROR\b|^=+ .* in [\d.]+s"
 OF_BENCH = r"^PASS |^FAIL |WRONG|warning:|^not run| results, |^(layer|decode) "
@@ -81,7 +81,7 @@ STAGES = (
     _bench("train", 0.12, "", " --model tiny", "|tokens"),
     _bench("kinds", 0.08, "--seconds 0.2", " --help", "|fused_lora"),
     _bench("variants", 0.15, "--seconds 0.3", " --rows 8", r"| \*$"),
-    Stage("tune", 0.12, f"{TUNE} --out {{out}}/tuned.json --rows 16,512,8192 --seconds 0.1", f"{TUNE} --help", "rules: "),
+    Stage("tune", 0.12, f"{TUNE} --out {{out}}/tuned.json --rows 16,512,8192", f"{TUNE} --help", "rules:"),
     _bench("launches", 0.1, "--seconds 0.1", " --help", r"| \*$"),
     _bench("memory", 0.05, "", " --rows 8"),
     _bench("host", 0.08, "--seconds 0.2", " --help", "|^train"),
