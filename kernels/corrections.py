@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -37,6 +37,12 @@ class Corrections:
     unit: tuple[int, int]
     seed: torch.Tensor | None = None
     transposed: bool = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "places": self.places.view(torch.int16)}  # pickle reads no storage of uint16
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, places=state["places"].view(torch.uint16))
 
     @property
     def form(self) -> Form:

@@ -1,6 +1,8 @@
 """The merge kernel: one rounding, the same bits for every tile, and every bit of W back."""
 
+import copy
 import itertools
+import pickle
 import random
 
 import pytest
@@ -72,6 +74,17 @@ def test_round_trip_is_bit_exact(N, K, R, dtype, device, kernel_memory):
     assert lost == 0 and len(record.values) == corrections
     if W.numel() > 1:
         assert corrections > 0 and not torch.equal(bits(W), bits(original))
+    unmerge(W, A, B, record)
+    assert torch.equal(bits(W), bits(original))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda record: pickle.loads(pickle.dumps(record))])
+def test_a_copy_of_a_record_unmerges(copied, device, kernel_memory):
+    """Also a pickled one, as a merged model that is sent to another process has."""
+    W, (A, B) = make_weight(70, 300, torch.bfloat16, device), make_factors(70, 300, 3, device)
+    original = W.clone()
+    record = copied(merge(W, A, B)[1])
+    assert record.places.dtype is torch.uint16 and len(record.places)
     unmerge(W, A, B, record)
     assert torch.equal(bits(W), bits(original))
 
