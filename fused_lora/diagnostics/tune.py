@@ -72,11 +72,17 @@ def tune(
     _check(shapes, rows, r, dtype, adapter_dtype, autocast, dropout)
     if why := why_not(device):
         raise RuntimeError(why)
-    table = _begun(out or tuned.own_path(device), device, tell)
+    path = out or tuned.own_path(device)
+    table = _begun(path, device, tell)
     timer = timer or device_timer(device)
     rounded, wide = (dtype, torch.float32) if autocast else (None, adapter_dtype or dtype)
     for K, N in shapes:
-        layer = LayerCase.make(max(rows), N, K, [r], [dropout], dtype, wide, bias=False, device=device)
+        try:
+            layer = LayerCase.make(max(rows), N, K, [r], [dropout], dtype, wide, bias=False, device=device)
+        except torch.OutOfMemoryError:
+            tell(f"{K}x{N}: not measured, the memory does not suffice")
+            continue
+        found = []
         for M, p, op in product(sorted(rows), dict.fromkeys((0.0, dropout)), tuned.OPS):
             case = replace(layer.rows(slice(M)), dropout=[p], seeds=layer.seeds if p else None)
             title = f"{K}x{N} rows={M} dropout={p:g} {op}"
@@ -85,9 +91,12 @@ def tune(
             except torch.OutOfMemoryError:
                 tell(f"{title}: not measured, the memory does not suffice")
                 continue
-            table.found.setdefault(shape, {})[M] = measured
+            found.append((shape, M, measured))
             times = ", ".join(f"{name} {us:.1f}" for name, us in measured.us.items())
             tell(f"{title}: {measured.variant}" + f" (rules: {measured.rule})" * measured.changes + f"; us: {times}")
+        table = _begun(path, device)  # with what another run has added meanwhile
+        for shape, M, measured in found:
+            table.found.setdefault(shape, {})[M] = measured
         table.write()  # an interrupt loses the rest only
         plan.forget()
     return table
@@ -119,7 +128,7 @@ def _check(shapes, rows, r, dtype, adapter_dtype, autocast, dropout) -> None:
         raise ValueError("autocast: expected a dtype of 16 bits, got float32")
 
 
-def _begun(out: Path, device: torch.device, tell: Callable[[str], object]) -> tuned.Table:
+def _begun(out: Path, device: torch.device, tell: Callable[[str], object] = lambda line: None) -> tuned.Table:
     """What the file has that holds here."""
     key = tuned.key_of(device)
     if out.exists():
@@ -264,6 +273,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         options.error(f"--out: {error}")
     print(f"{table.path}: {len(table)} measurements, {table.changes} of them change the rules' choice")
-    if table.path != tuned.own_path(device):
-        print(f"{tuned.SWITCH}={table.path} makes other processes read it")
+    if (path := table.path.absolute()) != tuned.own_path(device).absolute():
+        print(f"{tuned.SWITCH}={path} makes other processes read it")
     return 0

@@ -109,6 +109,18 @@ def test_what_was_measured_before_stays(measure, tmp_path):
     }
 
 
+def test_what_another_run_adds_meanwhile_stays(kernels_on, tmp_path):
+    path, others = tmp_path / "tuned.json", []
+
+    def meanwhile(calls):
+        if not others:
+            others.append(tune.tune([(64, 40)], path, timer=timer(), **LAYER))
+        return timer()(calls)
+
+    table = tune.tune([(48, 40)], path, timer=meanwhile, **LAYER)
+    assert tuned.read(path) == table and {shape.K for shape in table.found if shape.op == "linear"} == {48, 64}
+
+
 def test_a_file_of_another_machine_is_begun_anew(measure, tmp_path):
     measure(timer(eager=0.5))
     path, lines = tmp_path / "tuned.json", []
@@ -129,6 +141,20 @@ def test_a_layer_too_large_is_left_out(kernels_on, tmp_path, monkeypatch):
     assert lines[1] == "48x40 rows=8 dropout=0 backward: not measured, the memory does not suffice"
 
 
+def test_a_layer_that_cannot_be_drawn_is_left_out(kernels_on, tmp_path, monkeypatch):
+    make = tune.LayerCase.make
+
+    def full(M, N, K, *others, **kinds):
+        if K == 64:
+            raise torch.OutOfMemoryError("full")
+        return make(M, N, K, *others, **kinds)
+
+    monkeypatch.setattr(tune.LayerCase, "make", full)
+    lines = []
+    table = tune.tune([(64, 40), (48, 40)], tmp_path / "a.json", timer=timer(), tell=lines.append, **LAYER)
+    assert lines[0] == "64x40: not measured, the memory does not suffice" and len(table) == 2
+
+
 def test_the_timer_takes_turns_on_the_device(device):
     turns = []
     found = tune.device_timer(device, 0)({name: lambda name=name: turns.append(name) for name in "ab"})
@@ -137,15 +163,16 @@ def test_the_timer_takes_turns_on_the_device(device):
 
 def test_the_command(kernels_on, device, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tune, "ROUNDS", 1)
+    monkeypatch.chdir(tmp_path)
     path = tmp_path / "tuned.json"
     options = "--shapes 48x40,40x48 --rows 8,3 --r 4 --dtype float32 --dropout 0 --seconds 0".split()
-    assert cli.main(["tune", *options, "--out", str(path)]) == 0
+    assert cli.main(["tune", *options, "--out", path.name]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 10 and lines[0].startswith("48x40 rows=3 dropout=0 linear: ")
     content = json.loads(path.read_text())
     assert content["key"] == tuned.key_of(device) and len(content["entries"]) == 8
     assert all(entry["variant"] in entry["us"] for entry in content["entries"])
-    assert lines[-2].startswith(f"{path}: 8 measurements, ") and lines[-1].startswith(f"FUSED_LORA_TUNED={path} ")
+    assert lines[-2].startswith("tuned.json: 8 measurements, ") and lines[-1].startswith(f"FUSED_LORA_TUNED={path} ")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
