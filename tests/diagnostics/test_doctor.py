@@ -1,5 +1,8 @@
 """`fused-lora doctor`: what it says of this machine, and its exit code where something is wrong."""
 
+import contextlib
+import importlib
+import itertools
 import json
 
 import pytest
@@ -10,6 +13,7 @@ from fused_lora import cli
 from fused_lora.diagnostics import doctor
 from fused_lora.ops import guard
 from fused_lora.ops.linear import eager as cpu
+from fused_lora.ops.linear import tuned
 from fused_lora.ops.linear.plan import Plan
 from fused_lora.testing import smoke
 
@@ -93,6 +97,24 @@ def test_the_kernels(capsys, device, monkeypatch):
     assert report["path"]["runs"] == "kernels" and report["path"]["backward"] != "eager"
     assert report["path"]["tuned plans"].startswith("rules: ") and "nothing.json" in report["path"]["tuned plans"]
     assert [*report["kernels"]] == ["layers", "merges", "switches", "grouped", "others"] and not report["wrong"]
+
+
+def test_a_layer_that_was_measured_to_be_faster_without_kernels(device, monkeypatch, tmp_path):
+    pytest.importorskip("triton")
+    layer = doctor.TIMED[device.type]
+    M, N, K, r, dtype = (layer[name] for name in ("M", "N", "K", "r", "dtype"))
+    shape = tuned.shape("linear", N, K, r, dtype, True, False, False)
+    measured = {shape: {M: tuned.Measured("eager", "library", {"eager": 1.0, "library": 2.0})}}
+    table = tuned.Table(tmp_path / "tuned.json", tuned.key_of(device), measured)
+    table.write()
+    monkeypatch.setenv(tuned.SWITCH, str(table.path))
+    if device.type == "cpu":
+        module = importlib.import_module("fused_lora.diagnostics.explain")
+        monkeypatch.setattr(module, "_place", lambda *_: ("a chip", 90, (), tuned.table(device)))
+    with contextlib.closing(doctor.examine(device)) as sections:
+        path = dict(itertools.islice(sections, 3))["path"]
+    assert (path["runs"], path["forward"], path["backward"]) == ("kernels", "eager", "passes")
+    assert path["tuned plans"] == f"{table.path}, 1 measurements, 1 of them change the rules' choice"
 
 
 @pytest.mark.gpu
