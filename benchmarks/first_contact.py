@@ -34,7 +34,7 @@ BENCH = "python benchmarks/bench_{}.py --out {{out}} --budget {{minutes}} --comm
 TINY = " --device cpu --shapes 48x40 --seconds 0 --rounds 1"
 PYTEST = "python -m pytest -v -o faulthandler_timeout=60 -m {} -n {} --maxschedchunk 1 "
 COLLECT = "python -m pytest -q --collect-only -m {} "
-GPU_TESTS = " ".join(f"tests/gpu/test_{name}.py" for name in ("layers", "models", "runtime", "quantised"))
+GPU_TESTS = " ".join(f"tests/gpu/test_{name}.py" for name in ("layers", "models", "runtime", "quantised", "tune"))
 KERNEL_TESTS = "tests/kernels"
 REST = "tests " + " ".join(f"--ignore={path}" for path in f"{GPU_TESTS} {KERNEL_TESTS}".split())
 TUNE = "python -m fused_lora.cli tune --seconds 0.1"
