@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -150,6 +151,9 @@ BROKEN = {
     "another format": lambda content: content | dict(format=2),
     "a key of text": lambda content: content | dict(key="H100"),
     "an entry of text": lambda content: content | dict(entries=["linear"]),
+    "too deep": lambda content: "[" * 100_000,
+    "too many rows": lambda content: content | dict(entries=[content["entries"][0] | dict(M=10**400)]),
+    "too long a time": lambda content: content | dict(entries=[content["entries"][0] | dict(us=dict(eager=10**400))]),
 }
 ENTRIES = dict(op="merge", variant="fastest", rule="", adapters="", M=0, K=True, dropout=1, us={"slow": 1.0}, r="16")
 for _name, _value in ENTRIES.items():
@@ -173,6 +177,11 @@ def test_where_the_file_is(table, tmp_path, monkeypatch):
     monkeypatch.delenv(tuned.SWITCH)
     assert tuned.own_path(CPU) == tmp_path / "cache" / "fused_lora" / "tuned" / "cpu.json"
     assert tuned.find(CPU) is None and tuned.describe(CPU) == "rules"
+    home = Path.home() / ".cache" / "fused_lora" / "tuned" / "cpu.json"
+    for cache in ("", "cache"):  # a relative folder would be another one in every working directory
+        with monkeypatch.context() as other:
+            other.setenv("XDG_CACHE_HOME", cache)
+            assert tuned.own_path(CPU) == home
     table.path, table.key = tmp_path / "shipped.json", {"gpu": "cpu"}
     table.write()
     assert tuned.find(CPU) == table  # what came with the package holds under any torch

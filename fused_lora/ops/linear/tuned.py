@@ -121,7 +121,7 @@ def read(path: Path) -> Table:
         table = Table(path, {str(name): str(value) for name, value in content["key"].items()})
         for entry in content["entries"]:
             _add(table, dict(entry))
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError, RecursionError) as error:
         text = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise ValueError(f"{path} is no file of tuned plans: {text}") from None
     return table
@@ -130,7 +130,7 @@ def read(path: Path) -> Table:
 def _add(table: Table, entry: dict[str, Any]) -> None:
     kinds = dict(op=str, N=int, K=int, r=int, dtype=str, dropout=bool, adapters=str, M=int, variant=str, rule=str)
     for name, kind in kinds.items():
-        if type(entry[name]) is not kind or kind is int and entry[name] < 1:
+        if type(entry[name]) is not kind or kind is int and not 0 < entry[name] < 1 << 63:
             raise ValueError(f"{name} is {entry[name]!r}")
     known = OPS.get(entry["op"], ())
     if not {entry["variant"], entry["rule"], *entry["us"]} <= {*known} or entry["adapters"] not in ADAPTERS:
@@ -168,7 +168,9 @@ def driver_version() -> str:
 def own_path(device: torch.device) -> Path:
     """The user's file for this device, which may not be there: the one that is named, else one for each kind of GPU."""
     named = os.environ.get(SWITCH, "off")
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    cache = os.environ.get("XDG_CACHE_HOME", "")
+    if not os.path.isabs(cache):  # to be ignored, as its standard says: it would be another in every folder
+        cache = os.path.expanduser("~/.cache")
     return Path(cache, "fused_lora", "tuned", _file(device)) if named in ("", "off") else Path(named)
 
 
