@@ -19,11 +19,6 @@ import torch
 
 from fused_lora import reference
 from fused_lora.kernels.config import variants
-from fused_lora.kernels.dequant_4bit import dequant_4bit
-from fused_lora.kernels.dropout import dropout_mask
-from fused_lora.kernels.dropped import dropped
-from fused_lora.kernels.lora_linear import lora_linear_forward
-from fused_lora.kernels.row_norms import row_norms
 from fused_lora.ops.dequant import by_torch, small_case
 from fused_lora.ops.merge import launch
 from fused_lora.ops.merge import op as merge
@@ -128,6 +123,13 @@ def switches(device: torch.device | str, subset: bool = False) -> Iterator[str]:
 
 def others(device: torch.device | str, subset: bool = False) -> Iterator[str]:
     """Masks, dropped inputs, the row norms of DoRA, and weights of 4 bits."""
+    # doctor imports this where there is no Triton, too
+    from fused_lora.kernels.dequant_4bit import dequant_4bit
+    from fused_lora.kernels.dropout import dropout_mask
+    from fused_lora.kernels.dropped import dropped
+    from fused_lora.kernels.lora_linear import lora_linear_forward
+    from fused_lora.kernels.row_norms import row_norms
+
     seed, p = torch.tensor([12345], device=device), 0.25
     for dtype in DENSE[: 1 if subset else None]:
         x = torch.randn(17, 530).to(dtype).to(device)

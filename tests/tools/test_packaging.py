@@ -136,6 +136,9 @@ def test_it_imports_and_works_without_triton(tmp_path):
         "import torch, fused_lora\n"
         "layer = fused_lora.LoraLinear(torch.nn.Linear(8, 4), r=2, lora_dropout=0.5, init_lora_weights=False)\n"
         "layer(torch.randn(3, 8)).sum().backward(); layer.merge(); layer.unmerge()\n"
+        "from fused_lora.diagnostics import doctor, tune\n"
+        "found = dict(doctor.examine(torch.device('cpu')))\n"
+        "assert found['path']['forward'] == 'eager' and not found['wrong'], found\n"
         "print('works', layer.lora_A['default'].weight.grad.shape)"
     )
     assert run(sys.executable, "-c", code, cwd=tmp_path).startswith("works")
