@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -74,6 +75,9 @@ def tune(
         raise RuntimeError(why)
     path = out or tuned.own_path(device)
     table = _begun(path, device, tell)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=path.parent):  # a folder that cannot be written to is known before minutes pass
+        pass
     timer = timer or device_timer(device)
     rounded, wide = (dtype, torch.float32) if autocast else (None, adapter_dtype or dtype)
     for K, N in shapes:

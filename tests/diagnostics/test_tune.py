@@ -224,6 +224,13 @@ def test_errors_name_the_argument(name, options, kernels_on, tmp_path, capsys):
     assert path.read_text() == "{" and len(list(tmp_path.iterdir())) == 1
 
 
+def test_a_folder_that_cannot_be_is_known_before_anything_is_measured(kernels_on, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(tune, "_compare", None)
+    with pytest.raises(OSError, match="file"):
+        tune.tune([(48, 40)], tmp_path / "file" / "tuned.json", **LAYER)
+
+
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_the_layers_of_a_model(kind, tmp_path):
     transformers = pytest.importorskip("transformers")
