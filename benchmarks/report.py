@@ -26,6 +26,8 @@ from pathlib import Path
 import torch
 
 import fused_lora
+from fused_lora.ops import guard
+from fused_lora.ops.linear import tuned
 from fused_lora.testing.clock import Candidate, Clock, interleaved, summary
 from fused_lora.testing.graphs import capture
 
@@ -70,12 +72,14 @@ def machine(device: torch.device) -> dict:
     )
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
+        table = tuned.table(device) if guard.usable(device) else None
         found["gpu"] = dict(
             name=properties.name,
             capability=f"{properties.major}.{properties.minor}",
             multiprocessors=properties.multi_processor_count,
             memory_gib=round(properties.total_memory / 2**30, 1),
             cuda=torch.version.cuda or torch.version.hip,
+            tuned_plans=0 if table is None else len(table),  # of `fused-lora tune`, before the rules
         )
     return found
 
