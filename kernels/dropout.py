@@ -4,8 +4,9 @@
     kept(row, k) = (16-bit piece k % 8 of the four output words, signed) >= threshold - 32768
 
 A mask depends on (seed, row, k, p) alone: not on tiles, grids or the number of rows, so the forward, the input gradient
-and the weight gradient each draw it again instead of storing it. One call costs 20 multiplies of 32 bits, with the
-comparisons 8 instructions an element: a pass over x nearly hides it, a GEMM that drew it in every column tile would
+and the weight gradient each draw it again instead of storing it. One call costs 20 multiplies of 32 bits. With the
+comparisons, and 16-bit elements masked in pairs, a loop of sm_90 has 8 to 10 instructions more an element, 5 of which
+add, shift, compare or select: a pass over x nearly hides them, a GEMM that drew the mask in every column tile would
 not, so each launch draws an element's mask once wherever it can.
 
 The seed is read from device memory: a captured CUDA graph sees a fresh one at every replay.
@@ -62,13 +63,13 @@ def _philox(seed, c0, c1):
 
 @triton.jit
 def _kept(word, low, above):
-    """The highest bit of either 16-bit piece of ``word``: 1 where the signed piece + 2^15 is at least t. Else 0.
+    """The highest bit of either 16-bit piece of ``word``: 1 where the signed piece + 2^15 is at least t. Others: any.
 
     low: the 15 low bits of t in both halves; above: ~t in both. A difference of 15 bits borrows from a 1 put above it.
     """
     difference = (word | _TOPS) - low
     flipped = word ^ _ALL  # no ~: older interpreters have none for unsigned numbers
-    return ((flipped & difference) | ((flipped | difference) & above)) & _TOPS
+    return (flipped & difference) | ((flipped | difference) & above)
 
 
 @triton.jit
@@ -78,12 +79,13 @@ def keep_bits(seed, bound, row0, col0, ROWS: tl.constexpr, COLS: tl.constexpr):
     blocks = col0 // LANES + tl.arange(0, COLS // LANES)
     w0, w1, w2, w3 = _philox(seed, blocks[None, :], rows[:, None])
     both = (bound + 32768).to(tl.uint32) * 0x10001
-    low, above = both & 0x7FFF7FFF, both ^ _ALL
-    first = (_kept(w0, low, above) >> 3) | (_kept(w1, low, above) >> 2)
-    second = (_kept(w2, low, above) >> 1) | _kept(w3, low, above)
+    # p = 1, whose t has 17 bits: every difference borrows, and nothing is above
+    low = tl.where(bound < 32768, both & 0x7FFF7FFF, _TOPS)
+    above = tl.where(bound < 32768, both ^ _ALL, 0)
+    first = ((_kept(w0, low, above) >> 1) & 0x7FFF7FFF) | (_kept(w1, low, above) & _TOPS)
+    second = ((_kept(w2, low, above) >> 1) & 0x40004000) | (_kept(w3, low, above) & _TOPS)
     # a sum inside a thread, over which the compiler moves no layout: else it draws the mask once for each reader's
-    bits = tl.sum(tl.permute(tl.join(first, second), (2, 0, 1)), 0)
-    return tl.where(bound < 32768, bits, 0)  # p = 1, whose threshold has 17 bits
+    return tl.sum(tl.permute(tl.join((first >> 2) & 0x30003000, second), (2, 0, 1)), 0)
 
 
 @triton.jit
@@ -92,14 +94,33 @@ def _bit_of(lane):
 
 
 @triton.jit
+def _lanes(bits, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """bool [ROWS, COLS]: one bit of ``keep_bits`` for each element."""
+    lanes = (bits[:, :, None] >> _bit_of(tl.arange(0, LANES))[None, None, :]) & 1
+    return tl.reshape(lanes, (ROWS, COLS)) != 0
+
+
+@triton.jit
 def keep_mask(seed, bound, row0, col0, ROWS: tl.constexpr, COLS: tl.constexpr):
     """True = kept: the tile [ROWS, COLS] at (row0, col0) of a mask, col0 a multiple of 8.
 
     seed: int64 scalar; bound: threshold - 32768. Eight elements travel as one word to the threads that hold them.
     """
-    bits = keep_bits(seed, bound, row0, col0, ROWS, COLS)
-    lanes = (bits[:, :, None] >> _bit_of(tl.arange(0, LANES))[None, None, :]) & 1
-    return tl.reshape(lanes, (ROWS, COLS)) != 0
+    return _lanes(keep_bits(seed, bound, row0, col0, ROWS, COLS), ROWS, COLS)
+
+
+@triton.jit
+def zero_dropped(x, bits, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """x [ROWS, COLS], 0 where ``bits``, the tile's ``keep_bits``, drop. Two 16-bit elements in one instruction."""
+    if x.dtype.primitive_bitwidth == 16:
+        low, high = tl.split(tl.reshape(x.to(tl.uint16, bitcast=True), (ROWS, COLS // LANES, LANES // 2, 2)))
+        pairs = (bits[:, :, None] >> _bit_of(2 * tl.arange(0, LANES // 2))[None, None, :].to(tl.uint32)) & 0x10001
+        both = (low.to(tl.uint32) | (high.to(tl.uint32) << 16)) & (pairs * 0xFFFF)
+        both = tl.join(both.to(tl.uint16), (both >> 16).to(tl.uint16))
+        x = tl.reshape(both, (ROWS, COLS)).to(x.dtype, bitcast=True)
+    else:
+        x = tl.where(_lanes(bits, ROWS, COLS), x, 0.0)
+    return x
 
 
 @triton.jit

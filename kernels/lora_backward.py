@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from .config import LaunchConfig, capability, pick, precision
-from .dropout import keep_mask, keep_scale, threshold
+from .dropout import keep_bits, keep_scale, threshold, zero_dropped
 from .launch import Launch
 from .lora_shrink import is_single
 from .sync import counters, last_to_arrive
@@ -70,9 +70,9 @@ def _lora_backward_kernel(
             if not EARLY:
                 out *= out_scale
             if DROP:
-                keep = keep_mask(seed, bound, m, c0, BLOCK_M, BLOCK_C)
-                out = tl.where(keep, out, 0.0)
-                z = tl.where(keep, z, 0.0)
+                bits = keep_bits(seed, bound, m, c0, BLOCK_M, BLOCK_C)
+                out = zero_dropped(out, bits, BLOCK_M, BLOCK_C)
+                z = zero_dropped(z, bits, BLOCK_M, BLOCK_C)
             store_tile(out_ptr, out, m, c0, C, 1, M, C, BLOCK_M, BLOCK_C)
         grad = tl.dot(t, z.to(OPERAND), grad, input_precision=PRECISION)
     grad *= grad_scale

@@ -21,7 +21,7 @@ import triton.language as tl
 
 from .config import SCALE_GROUP
 from .dequant_4bit import load_absmax, scale_of
-from .dropout import keep_mask
+from .dropout import keep_bits, zero_dropped
 
 GROUP = tl.constexpr(SCALE_GROUP)
 
@@ -161,9 +161,9 @@ def contract(
         if SHRINK:
             p = load_tile(p_ptr, r0, k, stride_pr, stride_pk, r_end, K, BLOCK_R, BLOCK_K)
             if DROP and ROWS_ARE_K:
-                x = tl.where(keep_mask(seed, bound, k, m0, BLOCK_K, BLOCK_M), x, 0.0)
+                x = zero_dropped(x, keep_bits(seed, bound, k, m0, BLOCK_K, BLOCK_M), BLOCK_K, BLOCK_M)
             elif DROP:
-                x = tl.where(keep_mask(seed, bound, m0, k, BLOCK_M, BLOCK_K), x, 0.0)
+                x = zero_dropped(x, keep_bits(seed, bound, m0, k, BLOCK_M, BLOCK_K), BLOCK_M, BLOCK_K)
             OPERAND: tl.constexpr = tl.float32 if UPCAST else x.dtype
             x_t = x.to(OPERAND) if ROWS_ARE_K else tl.trans(x.to(OPERAND))  # [BLOCK_K, BLOCK_M]
             s = tl.dot(p.to(OPERAND), x_t, s, input_precision=PRECISION)
