@@ -31,10 +31,11 @@ def alternatives(op: str, chosen: LaunchConfig) -> list[LaunchConfig]:
     """The configurations worth measuring beside the chosen one, which comes first."""
     if op == "linear":
         tiles = [(128, 256, 64, 8, 4, 8), (128, 256, 64, 8, 4, 16), (256, 128, 64, 8, 4, 8)]
+        late = [replace(chosen, BLOCK_R=r, num_stages=s, late=True) for r, s in ((32, 4), (16, 4), (16, 3))]
         return list(dict.fromkeys([chosen] + [
             replace(chosen, BLOCK_M=m, BLOCK_N=n, BLOCK_K=k, num_warps=w, num_stages=s, GROUP_M=g, tma=True)
             for m, n, k, w, s, g in tiles
-        ]))  # fmt: skip
+        ] + late))  # fmt: skip
     names = "BLOCK_M", "BLOCK_K" if op == "shrink" else "BLOCK_N", "num_warps", "num_stages", "SPLIT_K"
     tiles = {
         "shrink": [
@@ -164,7 +165,7 @@ def _off(found: torch.Tensor, expected: torch.Tensor) -> float:
 def _add(row: dict, times: list | None, report: Report, table: Table) -> None:
     c = row["config"] and LaunchConfig(**row["config"])
     tile = "" if c is None else f"{c.BLOCK_M}x{c.BLOCK_N}x{c.BLOCK_K} r{c.BLOCK_R} w{c.num_warps} s{c.num_stages}"
-    tile += "" if c is None else f" split {c.SPLIT_K} group {c.GROUP_M}" + " tma" * c.tma
+    tile += "" if c is None else f" split {c.SPLIT_K} group {c.GROUP_M}" + " tma" * c.tma + " late" * c.late
     mark = "*" if row["chosen"] else ""
     if times is None:
         table.row(row["provider"], tile, "WRONG", None, None, None, mark)

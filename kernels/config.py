@@ -32,6 +32,8 @@ class LaunchConfig:
 
     rounds: fp32 adapters stand for ones in the 16 bits of x, as under autocast. They are rounded as they are "loaded",
     or "copied" before; their gradients stay fp32. Without, products with them are in fp32.
+    late: "split" adds the term after the K loop: of one adapter whose rank fits BLOCK_R, not in fp16, whose range a
+    scaled S can leave.
     """
 
     variant: str
@@ -45,6 +47,7 @@ class LaunchConfig:
     num_stages: int = 3
     tma: bool = False
     rounds: str = ""
+    late: bool = False
 
     def upcasts(self, adapters: torch.dtype, x: torch.dtype) -> bool:
         """Whether products with adapters of this dtype are in fp32."""

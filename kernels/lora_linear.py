@@ -11,6 +11,8 @@ Variants, by how a tile of Y gets its S:
     split       two launches. The shrink reads X once, draws the mask once and leaves S in memory; the GEMM starts its
                 accumulator from S B^T, or that of one plane, where K is split. For any number of adapters, each with
                 its own mask, and any rank.
+                ``late``, for one adapter of one block of ranks: S and B are loaded before the K loop and multiplied
+                after it, s S rounded in place of S.
 
 A weight of 4 bits (``FourBit``) is read as 4 bits, for few rows: the K loop dequantises its tiles to the values that
 ``dequant_4bit`` would write. N K / 2 bytes and the scales take the place of e N K, where a dequantisation moves
@@ -35,7 +37,7 @@ from .launch import Launch
 from .lora_expand import add_bias, lora_term
 from .lora_shrink import adapter_table, is_single, prepare_shrink, stacked
 from .sync import counters, last_to_arrive
-from .tiles import addressable, contract, grouped_order, store_tile, sum_planes
+from .tiles import addressable, contract, grouped_order, load_tile, store_tile, sum_planes
 
 
 @triton.jit
@@ -88,7 +90,7 @@ def _lora_linear_kernel(
     shift, shift8,
     NUM_ADAPTERS: tl.constexpr, VARIANT: tl.constexpr, HAS_BIAS: tl.constexpr,
     UPCAST: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr, W_IS_NK: tl.constexpr, SPLIT: tl.constexpr,
-    FOUR_BIT: tl.constexpr, NESTED: tl.constexpr,
+    FOUR_BIT: tl.constexpr, NESTED: tl.constexpr, LATE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     OPERAND: tl.constexpr = tl.float32 if UPCAST else x_ptr.dtype.element_ty
@@ -116,10 +118,14 @@ def _lora_linear_kernel(
         s_t = tl.zeros((BLOCK_R, BLOCK_M), tl.float32)
         if VARIANT == "split":
             s_rows = tl.where(tl.program_id(1) == 0, M, 0) if SPLIT else M  # one plane has the term
-            acc = lora_term(
-                acc, s_t, s_ptr, b_ptr, None, rank_ends, None, scales, m0, n0, s_rows, N, R,
-                stride_br, stride_bn, NUM_ADAPTERS, False, False, OPERAND, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R,
-            )  # fmt: skip
+            if LATE:
+                scaled = load_tile(s_ptr, m0, 0, R, 1, s_rows, R, BLOCK_M, BLOCK_R) * scales[0]
+                q = load_tile(b_ptr, 0, n0, stride_br, stride_bn, R, N, BLOCK_R, BLOCK_N)
+            else:
+                acc = lora_term(
+                    acc, s_t, s_ptr, b_ptr, None, rank_ends, None, scales, m0, n0, s_rows, N, R,
+                    stride_br, stride_bn, NUM_ADAPTERS, False, False, OPERAND, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R,
+                )  # fmt: skip
         acc, s_t = contract(
             acc, s_t, x_src, w_src, a_ptr, m0, n0, 0, k_begin, k_end, M, N, K, R,
             stride_xm, stride_xk, stride_wk, stride_wn, stride_ar, stride_ak, 0, 0,
@@ -135,6 +141,8 @@ def _lora_linear_kernel(
             s_rows = tl.where(pid_n == 0, M, 0)  # all programs of a row block have the same S
             store_tile(s_to, s, m0, 0, R, 1, s_rows, R, BLOCK_M, BLOCK_R)
         # by halves: the LoRA term of a whole tile next to its accumulator does not fit the registers
+        if LATE:
+            acc = tl.dot(scaled.to(OPERAND), q.to(OPERAND), acc, input_precision=PRECISION)
         half0, half1 = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
         _finish(
             half0, s, y_to, bias_ptr, s_ptr, b_ptr, rank_ends, scales, m0, n0, M, N, R,
@@ -178,7 +186,8 @@ def lora_linear_forward(
     x [M, K], weight [N, K] of x's dtype, any strides; bias [N]; lora_A_i [r_i, K], lora_B_i [N, r_i]; seeds int64, one
     for each adapter, on x's device. A weight of 4 bits is the arguments of ``dequant_4bit``, x's dtype the last, as a
     named tuple (``FourBit`` of fused_lora/ops/dequant.py). Arguments are checked by the op above, not here; ValueError
-    for a mask with the variant "recompute", and for 4 bits whose rows or scales do not fit the tiles.
+    for a mask with the variant "recompute", for 4 bits whose rows or scales do not fit the tiles, and for what
+    ``config.late`` does not take.
     """
     arguments = x, weight, bias, lora_A, lora_B
     drop = seeds is not None and any(dropout)
@@ -214,6 +223,11 @@ def prepare_linear(
         config = pick(op, M, N, K, max(ranks), dtype, drop, capability(device), wide != dtype, len(ranks), variant)
     if config.variant == "recompute" and drop:
         raise ValueError("dropout: expected none with the variant 'recompute', which draws no mask")
+    if config.late and ((config.variant, len(ranks)) != ("split", 1) or R > config.BLOCK_R or dtype == torch.float16):
+        raise ValueError(
+            f"config: expected late for the variant 'split', one adapter of r <= {config.BLOCK_R} and no fp16, "
+            f"got {config.variant!r}, r = {', '.join(map(str, ranks))} and {dtype}"
+        )
     recompute, shrink = config.variant == "recompute" and M * N > 0, None
     if not recompute:
         shrink = prepare_shrink(x, lora_A, [keep_scale(p) for p in dropout], dropout, drop, shrink_config)
@@ -240,7 +254,7 @@ def prepare_linear(
         *log2s,
         NUM_ADAPTERS=len(ranks), VARIANT=config.variant,
         HAS_BIAS=bias is not None, UPCAST=config.upcasts(wide, dtype), PRECISION=precision(dtype),
-        TMA=config.tma, W_IS_NK=stride_w[0] == 1, SPLIT=splits > 1, FOUR_BIT=four_bit, NESTED=nested,
+        TMA=config.tma, W_IS_NK=stride_w[0] == 1, SPLIT=splits > 1, FOUR_BIT=four_bit, NESTED=nested, LATE=config.late,
         BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N, BLOCK_K=config.BLOCK_K, BLOCK_R=config.BLOCK_R,
         GROUP_M=config.GROUP_M, **launch_options(config, nested),
     ).__call__  # fmt: skip

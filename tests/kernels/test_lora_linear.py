@@ -91,6 +91,32 @@ def test_the_configuration_that_pick_chooses(M, p, dtype, device, kernel_memory)
     check(LayerCase.make(M, 33, 40, [8], [p], dtype, device=device))
 
 
+LATE = replace(SPLIT, late=True)
+
+
+@pytest.mark.parametrize("split_k", [1, 3])
+@pytest.mark.parametrize("dtype, adapter_dtype", [p for p in PAIRS if torch.float16 not in p], ids=str)
+def test_term_after_the_loop(dtype, adapter_dtype, split_k, device, kernel_memory):
+    case = LayerCase.make(65, 129, 100, [9], [0.1], dtype, adapter_dtype, device=device)
+    check(case, replace(LATE, SPLIT_K=split_k))
+
+
+@since("triton", "3.6")
+def test_term_after_the_loop_of_descriptors(device, kernel_memory):
+    check(LayerCase.make(100, 72, 136, [16], [0.1], torch.bfloat16, device=device), replace(LATE, tma=True))
+
+
+@pytest.mark.parametrize(
+    "ranks, dtype, variant",
+    [([17], torch.float32, "split"), ([3, 3], torch.float32, "split"), ([3], torch.float16, "split"),
+     ([3], torch.float32, "recompute")],
+)  # fmt: skip
+def test_a_term_that_does_not_fit_after_the_loop_is_refused(ranks, dtype, variant, device):
+    case = LayerCase.make(5, 33, 65, ranks, [0.0] * len(ranks), dtype, device=device)
+    with pytest.raises(ValueError, match="config: expected late for the variant 'split', one adapter of r <= 16"):
+        check(case, replace(LATE, variant=variant))
+
+
 def test_forced_variant(device):
     case = LayerCase.make(17, 33, 65, [3], [0.0], device=device)
     for variant in VARIANTS:

@@ -167,10 +167,10 @@ def run_merge(R, K=300, dtype=torch.bfloat16):
     return seen
 
 
-def run_layer(variant, p, split_k=1, ranks=(3,)):
+def run_layer(variant, p, split_k=1, ranks=(3,), late=False):
     """Forward, the LoRA term of dx and onto a given y, weight gradients."""
     case = LayerCase.make(21, 35, 37, ranks, [p] * len(ranks))
-    config = LaunchConfig(variant, 16, 32, 32, 16, SPLIT_K=split_k)
+    config = LaunchConfig(variant, 16, 32, 32, 16, SPLIT_K=split_k, late=late)
     y, S = lora_linear.lora_linear_forward(case.x, case.weight, case.bias, *case.adapters, config=config)
     tile, dS, ones = LaunchConfig("expand", 16, 32, 16, 16), torch.randn_like(S), [1.0] * len(ranks)
     dx = lora_expand.lora_expand(dS, case.lora_A, ones, case.dropout, case.seeds, None, torch.float32, tile)
@@ -237,6 +237,7 @@ LAYERS = [
     lambda: run_layer("recompute", 0.0),
     lambda: run_layer("recompute", 0.0, split_k=2),
     run_passes,
+    lambda: run_layer("split", 0.25, late=True),
     lambda: run_4bit(True, "recompute", 1, [3]),
     lambda: run_4bit(False, "split", 2, [3, 18]),
 ]

@@ -70,6 +70,20 @@ def test_no_expand_reads_registers_in_a_pipeline():
     assert len(counts) == 3 and not any(counts.values())
 
 
+def test_a_term_after_the_loop_keeps_the_rules():
+    """As bench_launches.py measures it; the rules are those of the compile report."""
+    code = (
+        "import torch; sys.path.insert(0, 'benchmarks'); from bench_launches import alternatives;"
+        "from compile_report import cases, compiling, report; from fused_lora.kernels.config import pick;"
+        "chosen = pick('linear', 8192, 4096, 4096, 16, torch.bfloat16, False, 90, variant='split');"
+        "every = [(c, *cases._linear_case(c, torch.bfloat16, False, False, 'tf32x3'))"
+        " for c in alternatives('linear', chosen) if c.late];"
+        "made = [cases.make_case(str(c), 'linear', c, torch.bfloat16, *rest, c.options()) for c, *rest in every];"
+        "print(json.dumps([len(made), report.problems({'sm_90': compiling.compile_batch(made, 'sm_90')}, {})]))"
+    )
+    assert compiled(code) == [3, []]
+
+
 def test_an_expand_in_a_pipeline_is_found(tmp_path):
     """The same kernels with the one line changed that keeps the expand out of the pipeline."""
     for folder in ("fused_lora", "kernels"):

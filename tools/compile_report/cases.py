@@ -74,7 +74,7 @@ def _linear_case(config: LaunchConfig, dtype: torch.dtype, dropout: bool, upcast
         **dict(stride_xm="i32", stride_wn="i32", stride_ar="i32", stride_bn="i32"),
     }
     values = dict(
-        FOUR_BIT=bool(four_bit), NESTED=len(four_bit) > 3, stride_xk=1, stride_wk=1,
+        FOUR_BIT=bool(four_bit), NESTED=len(four_bit) > 3, LATE=config.late, stride_xk=1, stride_wk=1,
         stride_ak=1, stride_br=1, NUM_ADAPTERS=1, VARIANT=config.variant, HAS_BIAS=True,
         UPCAST=upcast, PRECISION=precision, TMA=config.tma, W_IS_NK=True, SPLIT=split, BLOCK_M=config.BLOCK_M,
         BLOCK_N=config.BLOCK_N, BLOCK_K=config.BLOCK_K, BLOCK_R=config.BLOCK_R, GROUP_M=config.GROUP_M,
