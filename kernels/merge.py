@@ -32,7 +32,8 @@ A change of one word is (u - v) i, and of two that change places (u - v) (i - j)
 
 Bytes: 2 e N K with e bytes an element, also of a switch, whose unit is in the L1 or L2 cache when it is merged; 6 a
 correction of each record, 48 a unit, and the factors, which stay in L2. Instructions an element on sm_90 at rank 16, of
-which the chain is 22 to 27: bare 31, unmerge 71, merge 93 in 16 bits; 40, 70 and 97 in fp32.
+which the chain is 22 to 27, the rest counted once as compiled: bare 31, unmerge 49, merge 63 in 16 bits; 40, 72 and 93
+in fp32.
 """
 
 from collections.abc import Sequence
@@ -54,7 +55,6 @@ from .launch import KEPT, Launch
 _COLUMNS = tl.constexpr(COLUMNS)
 _SHIFT = tl.constexpr(SHIFT)
 _LOW = tl.constexpr((1 << SHIFT) - 1)
-_INFINITY = tl.constexpr(0x7F800000)  # of fp32; NaN is above it
 _FIELDS = tl.constexpr(19)  # of a weight in the table of a group
 
 
@@ -96,6 +96,47 @@ def _words(x):
         left, right = tl.split(tl.reshape(x.to(tl.uint16, bitcast=True), [x.shape[0], x.shape[1] // 2, 2]))
         words = left.to(tl.uint32) | (right.to(tl.uint32) << 16)
     return words
+
+
+@triton.jit
+def _elements(words, dtype: tl.constexpr):
+    """The reverse of :func:`_words`."""
+    if dtype.primitive_bitwidth == 16:
+        halves = tl.join(words.to(tl.uint16), (words >> 16).to(tl.uint16))
+        words = tl.reshape(halves, [words.shape[0], words.shape[1] * 2])
+    return words.to(dtype, bitcast=True)
+
+
+@triton.jit
+def _plus(words, d, dtype: tl.constexpr, MINUS: tl.constexpr):
+    """The words of round(x + d), or of round(x - d), where x [ROWS, COLS] are the elements of ``words``."""
+    if dtype.primitive_bitwidth == 32:
+        x = words.to(tl.float32, bitcast=True)
+        words = (x - d if MINUS else x + d).to(tl.uint32, bitcast=True)
+    else:
+        left, right = tl.split(tl.reshape(d, [words.shape[0], words.shape[1], 2]))
+        if dtype == tl.bfloat16:
+            x, y = (words << 16).to(tl.float32, bitcast=True), (words & 0xFFFF0000).to(tl.float32, bitcast=True)
+        else:
+            x = words.to(tl.uint16).to(dtype, bitcast=True).to(tl.float32)
+            y = (words >> 16).to(tl.uint16).to(dtype, bitcast=True).to(tl.float32)
+        x, y = (x - left if MINUS else x + left).to(dtype), (y - right if MINUS else y + right).to(dtype)
+        x, y = x.to(tl.uint16, bitcast=True), y.to(tl.uint16, bitcast=True)
+        words = x.to(tl.uint32) | (y.to(tl.uint32) << 16)
+    return words
+
+
+@triton.jit
+def _not_finite(words, dtype: tl.constexpr):
+    """Words with 1 in the sign bit of each infinity and NaN; their other bits mean nothing."""
+    bits = dtype.primitive_bitwidth
+    ONE: tl.constexpr = 0x00800000 if bits == 32 else 0x00800080 if dtype == tl.bfloat16 else 0x04000400
+    return (words & (0x7FFFFFFF if bits == 32 else 0x7FFF7FFF)) + ONE
+
+
+@triton.jit
+def _add_sums(merged, back, kept, lost, merged2, back2, kept2, lost2):
+    return merged + merged2, back + back2, kept + kept2, lost | lost2
 
 
 @triton.jit
@@ -187,7 +228,6 @@ def _do_unit(
     rows = tl.arange(0, ROWS)
     first_col = strip.to(tl.int64) * COLS
     col_ok = (cols < K - strip * COLS) | EVEN
-    number = (rows[:, None] * WORDS + tl.arange(0, WORDS)[None, :] + 1).to(tl.uint32)
     if RECORD or AGAIN:
         entry = table_ptr + (unit_row.to(tl.int64) * strips + strip) * _COLUMNS
     if AGAIN:
@@ -211,32 +251,33 @@ def _do_unit(
             zeros_like(w), a_ptr + first_col * stride_ak, b_ptr + first_row * stride_bn,
             cols.to(tl.int64) * stride_ak, rows.to(tl.int64) * stride_bn, col_ok, row_ok, R, stride_ar, stride_br,
         )  # fmt: skip
+        old_words = _words(w)
         if RANDOM and not UNMERGE:
             row0 = tl.load(seed_ptr + 1) + first_row
             new = _dithered(w.to(tl.float32) + d, w.dtype, tl.load(seed_ptr), row0, strip * COLS)
             new = tl.where(tl.abs(w.to(tl.float32)) < float("inf"), new, w)
+            new_words = _words(new)
         else:
-            new = (w.to(tl.float32) - d).to(w.dtype) if UNMERGE else (w.to(tl.float32) + d).to(w.dtype)
+            new_words = _plus(old_words, d, w.dtype, UNMERGE)
         if not RECORD:
-            tl.store(w_ptrs, new, mask=inside)
+            tl.store(w_ptrs, _elements(new_words, w.dtype), mask=inside)
             if AGAIN:
                 tl.debug_barrier()  # other threads may not have read it
                 tl.store(entry + 5, 0)
         else:
-            if not EVEN:
-                w = tl.where(inside, w, 0.0)
-                new = tl.where(inside, new, 0.0)
-            back = new if UNMERGE else (new.to(tl.float32) - d).to(w.dtype)
-            if not EVEN:
-                back = tl.where(inside, back, 0.0)
-            old_words, back_words = _words(w), _words(back)
-            merged_words = old_words if UNMERGE else _words(new)
-            sum_merged = tl.sum(merged_words.to(tl.uint64) * number.to(tl.uint64)).to(tl.int64)
-            sum_back = tl.sum(back_words * (2 * number + 1)).to(tl.int64)
+            if not EVEN:  # the bits of a word that are within W
+                last, left = tl.arange(0, WORDS) * (COLS // WORDS) + (COLS // WORDS - 1), K - strip * COLS
+                keep = tl.where(last < left, -1, tl.where(last - 1 < left, 0xFFFF, 0) if WORDS < COLS else 0)
+                keep = tl.where(row_ok[:, None], keep[None, :], 0).to(tl.uint32, bitcast=True)
+                old_words, new_words = old_words & keep, new_words & keep
+            new = _elements(new_words, w.dtype)
+            number = (rows[:, None] * WORDS + tl.arange(0, WORDS)[None, :] + 1).to(tl.uint32)
             if UNMERGE:
                 places, values = _corrections_of(row, places_ptr, values_ptr, GROUP, FIRST)
                 begin, count = tl.load(entry) - 1, tl.load(entry + 1).to(tl.int32)
                 kept = _sum_of_corrections(places + begin, values + begin, count)
+                sum_merged = tl.sum(old_words.to(tl.uint64) * number.to(tl.uint64)).to(tl.int64)
+                sum_back = tl.sum(new_words * (2 * number + 1)).to(tl.int64)
                 same = (tl.load(entry + 2) == sum_merged) & (tl.load(entry + 3) == sum_back)
                 same &= tl.load(entry + 4) == kept
                 fits = same
@@ -245,23 +286,25 @@ def _do_unit(
                     tl.store(w_ptrs, new, mask=inside)
                     tl.debug_barrier()  # candidates are stored by other threads than the corrections over them
                     _store_corrections(
-                        w_unit,
-                        places + begin,
-                        values + begin,
-                        count,
-                        K - strip * COLS,
-                        WORDS,
-                        stride_wn,
-                        stride_wk,
-                    )
+                        w_unit, places + begin, values + begin, count, K - strip * COLS, WORDS, stride_wn, stride_wk
+                    )  # fmt: skip
                 else:
                     tl.atomic_add(totals + 5, 1, sem="relaxed")
             else:
+                back_words = _plus(new_words, d, w.dtype, True)
+                if not EVEN:
+                    back_words &= keep
                 # 1 or 0 by arithmetic: of predicates the compiler makes bit masks, and those it takes apart again
                 wrong = back_words ^ old_words
-                wrong = (((wrong >> 16) | (wrong & 0xFFFF)) + 0xFFFF >> 16).to(tl.int32)
-                size = new.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
-                lost = tl.max(tl.where(tl.abs(w.to(tl.float32)) < float("inf"), size, 0)) >= _INFINITY
+                wrong = ((wrong >> 16) | (wrong & 0xFFFF)) + 0xFFFF >> 16
+                kept = wrong * number
+                SIGNS: tl.constexpr = 0x80000000 if WORDS == COLS else 0x80008000
+                lost = _not_finite(new_words, w.dtype) & (_not_finite(old_words, w.dtype) ^ SIGNS)
+                sum_merged, sum_back, sum_kept, lost = tl.reduce((
+                    new_words.to(tl.uint64) * number.to(tl.uint64), back_words * (2 * number + 1),
+                    kept.to(tl.uint64) * old_words.to(tl.uint64) + (kept.to(tl.uint64) << 32), lost,
+                ), None, _add_sums)  # fmt: skip
+                lost, wrong = ((lost & SIGNS) != 0).to(tl.int32), wrong.to(tl.int32)
                 in_row = tl.sum(wrong, 1)
                 count = tl.sum(in_row)
                 before_row = tl.cumsum(in_row, 0) - in_row - 1
@@ -276,13 +319,11 @@ def _do_unit(
                         tl.store(places + at, _fourth(number, part).to(tl.uint16), mask=mask)
                         tl.store(values + at, _fourth(old_words, part).to(tl.int32, bitcast=True), mask=mask)
                     tl.store(w_ptrs, new, mask=inside)
-                    tl.debug_barrier()  # they are read by other threads than stored them
-                    kept = _sum_of_corrections(places + begin, values + begin, count)
                     tl.store(entry, begin + 1)
                     tl.store(entry + 1, count.to(tl.int64))
-                    tl.store(entry + 2, sum_merged)
-                    tl.store(entry + 3, sum_back)
-                    tl.store(entry + 4, kept)
+                    tl.store(entry + 2, sum_merged.to(tl.int64))
+                    tl.store(entry + 3, sum_back.to(tl.int64))
+                    tl.store(entry + 4, sum_kept.to(tl.int64))
     return fits
 
 

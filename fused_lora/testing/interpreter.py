@@ -1,7 +1,8 @@
 """Triton's interpreter with correct bf16 and checked memory accesses, so that a CPU can test a kernel.
 
     install_shim()            bf16 dots, casts and arithmetic as the hardware rounds them; one launch at a time;
-                              what multiple_of says of a number, and max_contiguous of a block, has to be so
+                              what multiple_of says of a number, and max_contiguous of a block, has to be so;
+                              tl.reduce of several blocks
     fixed_order_dot()         tl.dot as a plain loop over k: a row's bits cannot depend on its neighbours
     checked()                 every active lane of every access inside its own argument, no two programs in conflict
 
@@ -33,6 +34,7 @@ _REPLACED = {
         "create_masked_load create_masked_store create_atomic_rmw create_atomic_cas create_barrier set_grid_idx"
     ),
     "GridExecutor": "__call__ _init_args_hst",
+    "ReduceOps": "generic_reduce to_tensor",
 }
 
 
@@ -183,6 +185,25 @@ def _set_attr(handle, name, values):
     _ORIGINAL["set_attr"](handle, name, values)
 
 
+def _reduce(ops, blocks):
+    """Triton's own calls the function for each element, and of several blocks flattens only the first; this one calls
+    it for halves of the blocks, as a GPU does."""
+    types, parts, axis = [block.dtype for block in blocks], [block.handle.data for block in blocks], ops.axis
+    kept = [1] * parts[0].ndim
+    if axis is None:
+        parts, axis = [part.ravel() for part in parts], 0
+    while parts[0].shape[axis] > 1:
+        halves = [np.split(part, 2, axis) for part in parts]
+        pairs = [ops.to_tensor(pair[i], dtype) for i in (0, 1) for pair, dtype in zip(halves, types, strict=True)]
+        found = ops.combine_fn.fn(*pairs)
+        parts = [each.handle.data for each in (found if isinstance(found, tuple) else (found,))]
+    if not ops.keep_dims:
+        parts = [part.squeeze(axis) for part in parts]
+    elif ops.axis is None:
+        parts = [part.reshape(kept) for part in parts]
+    return [ops.to_tensor(part, dtype) for part, dtype in zip(parts, types, strict=True)]
+
+
 def _locked_call(executor, *args, **kwargs):
     # no GPU warns of an overflow or of an invalid operation
     with _LAUNCH_LOCK, np.errstate(all="ignore"):
@@ -235,6 +256,7 @@ def _replacements() -> list[tuple[Any, str, Any]]:
     """(owner, name, what takes its place) of all that the shim replaces."""
     found = [(interpreter.InterpreterBuilder, name, method) for name, method in _SHIM.items()]
     found += [(interpreter.GridExecutor, "__call__", _locked_call), (interpreter.TensorHandle, "set_attr", _set_attr)]
+    found += [(interpreter.ReduceOps, "generic_reduce", _reduce)]
     return found + [(interpreter, function.__name__, function) for function in _FUNCTIONS]
 
 

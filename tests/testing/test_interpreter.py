@@ -109,6 +109,23 @@ def _atomic_kernel(y_ptr, size, BLOCK: tl.constexpr):
     tl.atomic_add(y_ptr + offs, 1, mask=offs < size)
 
 
+@triton.jit
+def _sum_and_or(x, y, x2, y2):
+    return x + x2, y | y2
+
+
+@triton.jit
+def _reduce_kernel(x_ptr, y_ptr, out_ptr, AXIS: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+    at = tl.arange(0, M)[:, None] * N + tl.arange(0, N)[None, :]
+    total, either = tl.reduce((tl.load(x_ptr + at), tl.load(y_ptr + at)), AXIS, _sum_and_or)
+    if AXIS is None:
+        tl.store(out_ptr, total)
+        tl.store(out_ptr + 1, either.to(tl.int64))
+    else:
+        tl.store(out_ptr + tl.arange(0, N if AXIS == 0 else M) * 2, total)
+        tl.store(out_ptr + tl.arange(0, N if AXIS == 0 else M) * 2 + 1, either.to(tl.int64))
+
+
 def _bf16_patterns():
     """Every bf16 value with every kind of tail a rounding can meet, and 2^20 random float32 patterns."""
     high = torch.arange(2**16, dtype=torch.int64) << 16
@@ -172,6 +189,16 @@ def test_fma_rounds_once():
         # the double next to the exact value rounds as it does: 29 bits more than float32 has
         assert torch.equal(out, torch.tensor(expected, dtype=torch.float64).float())
         assert not torch.equal(out, x * y + z)
+
+
+@pytest.mark.parametrize("axis", [None, 0, 1])
+def test_several_blocks_are_reduced_together(axis):
+    x, y = torch.randint(-(2**40), 2**40, (8, 16)), torch.randint(0, 2, (8, 16), dtype=torch.int32)
+    y[:, 3] = 0
+    out = torch.zeros(1 if axis is None else x.shape[1 - axis], 2, dtype=torch.int64)
+    _reduce_kernel[(1,)](x, y, out, AXIS=axis, M=8, N=16)
+    sums, either = (x.sum(), y.amax()) if axis is None else (x.sum(axis), y.amax(axis))
+    assert torch.equal(out, torch.stack([sums, either.long()], -1).view_as(out))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
