@@ -78,7 +78,7 @@ def keep_bits(seed, bound, row0, col0, ROWS: tl.constexpr, COLS: tl.constexpr):
     rows = row0 + tl.arange(0, ROWS)
     blocks = col0 // LANES + tl.arange(0, COLS // LANES)
     w0, w1, w2, w3 = _philox(seed, blocks[None, :], rows[:, None])
-    both = (bound + 32768).to(tl.uint32) * 0x10001
+    both = (tl.full((), 32768, tl.int32) + bound).to(tl.uint32) * 0x10001  # also of a bound of 1, a constant
     # p = 1, whose t has 17 bits: every difference borrows, and nothing is above
     low = tl.where(bound < 32768, both & 0x7FFF7FFF, _TOPS)
     above = tl.where(bound < 32768, both ^ _ALL, 0)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from fused_lora import reference
 from fused_lora.kernels import dropout
+from fused_lora.kernels.lora_expand import lora_expand
 
 
 @pytest.mark.parametrize("p", [0.0, 2.0**-17, 0.1, 0.5, 0.9, 1 - 2.0**-17, 1.0])
@@ -29,6 +30,14 @@ def test_mask_does_not_depend_on_tiles(BLOCK_M, BLOCK_K, device):
 def test_mask_of_a_row_does_not_depend_on_the_number_of_rows(device):
     seed = torch.tensor([7], device=device)
     assert torch.equal(dropout.dropout_mask(seed, 40, 50, 0.5)[:3], dropout.dropout_mask(seed, 3, 50, 0.5))
+
+
+def test_a_bound_of_1_which_triton_compiles_as_a_constant(device):
+    p, seed = 32769 / 65536, torch.tensor([42], device=device)
+    mask = reference.dropout_mask(42, (17, 40), p, device)
+    assert torch.equal(dropout.dropout_mask(seed, 17, 40, p), mask)
+    S, A = torch.ones(17, 1, device=device), torch.ones(1, 40, device=device)
+    assert torch.equal(lora_expand(S, [A], [1.0], [p], seed, None, torch.float32) != 0, mask)  # a bound among several
 
 
 @pytest.mark.parametrize("M, K", [(0, 5), (5, 0), (0, 0)])

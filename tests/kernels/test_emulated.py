@@ -28,8 +28,8 @@ CHOSEN = {
     ),
     "masks and many adapters": (
         "test_dropout test_dropped test_dequant_4bit test_linear_4bit test_row_norms test_grouped",
-        "not float32 and (number_of_rows or not_finite or other_bits or several_adapters_with or the_operator"
-        " or a_mix_of or every_row)",
+        "not float32 and (number_of_rows or bound_of_1 or not_finite or other_bits or several_adapters_with"
+        " or the_operator or a_mix_of or every_row)",
     ),
 }
 
