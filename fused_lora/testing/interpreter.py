@@ -2,7 +2,7 @@
 
     install_shim()            bf16 dots, casts and arithmetic as the hardware rounds them; one launch at a time;
                               what multiple_of says of a number, and max_contiguous of a block, has to be so;
-                              tl.reduce of several blocks
+                              tl.reduce of several flattened blocks
     fixed_order_dot()         tl.dot as a plain loop over k: a row's bits cannot depend on its neighbours
     checked()                 every active lane of every access inside its own argument, no two programs in conflict
 
@@ -114,7 +114,9 @@ def _binary_op(builder, lhs, rhs, op):
     if not _is_bf16(lhs.dtype):
         return _ORIGINAL["binary_op"](builder, lhs, rhs, op)
     out = op(_as_float(lhs), _as_float(rhs))
-    return interpreter.TensorHandle(out if out.dtype == np.bool_ else float32_to_bf16(out), tl.bfloat16)
+    if out.dtype == np.bool_:
+        return interpreter.TensorHandle(out, tl.int1)
+    return interpreter.TensorHandle(float32_to_bf16(out), tl.bfloat16)
 
 
 def _unary_op(builder, arg, op):
@@ -186,22 +188,17 @@ def _set_attr(handle, name, values):
 
 
 def _reduce(ops, blocks):
-    """Triton's own calls the function for each element, and of several blocks flattens only the first; this one calls
-    it for halves of the blocks, as a GPU does."""
-    types, parts, axis = [block.dtype for block in blocks], [block.handle.data for block in blocks], ops.axis
-    kept = [1] * parts[0].ndim
-    if axis is None:
-        parts, axis = [part.ravel() for part in parts], 0
-    while parts[0].shape[axis] > 1:
-        halves = [np.split(part, 2, axis) for part in parts]
+    """Of several blocks to be flattened Triton's own flattens only the first. This one calls a function, which must not
+    branch, for halves of the blocks, as a GPU does: a call for each element takes a hundred times as long."""
+    if len(blocks) == 1 or ops.axis is not None:
+        return _ORIGINAL["generic_reduce"](ops, blocks)
+    types, parts = [block.dtype for block in blocks], [block.handle.data.ravel() for block in blocks]
+    while len(parts[0]) > 1:
+        halves = [np.split(part, 2) for part in parts]
         pairs = [ops.to_tensor(pair[i], dtype) for i in (0, 1) for pair, dtype in zip(halves, types, strict=True)]
-        found = ops.combine_fn.fn(*pairs)
-        parts = [each.handle.data for each in (found if isinstance(found, tuple) else (found,))]
-    if not ops.keep_dims:
-        parts = [part.squeeze(axis) for part in parts]
-    elif ops.axis is None:
-        parts = [part.reshape(kept) for part in parts]
-    return [ops.to_tensor(part, dtype) for part, dtype in zip(parts, types, strict=True)]
+        parts = [each.handle.data for each in ops.combine_fn.fn(*pairs)]
+    shape = [1] * blocks[0].handle.data.ndim if ops.keep_dims else []
+    return [ops.to_tensor(part.reshape(shape), dtype) for part, dtype in zip(parts, types, strict=True)]
 
 
 def _locked_call(executor, *args, **kwargs):

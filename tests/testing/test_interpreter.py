@@ -126,6 +126,29 @@ def _reduce_kernel(x_ptr, y_ptr, out_ptr, AXIS: tl.constexpr, M: tl.constexpr, N
         tl.store(out_ptr + tl.arange(0, N if AXIS == 0 else M) * 2 + 1, either.to(tl.int64))
 
 
+@triton.jit
+def _larger(x, y):
+    if x > y:
+        y = x
+    return y
+
+
+@triton.jit
+def _larger_kernel(x_ptr, out_ptr, AXIS: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+    x = tl.load(x_ptr + tl.arange(0, M)[:, None] * N + tl.arange(0, N)[None, :])
+    found = tl.reduce(x, AXIS, _larger)
+    if AXIS is None:
+        tl.store(out_ptr, found)
+    else:
+        tl.store(out_ptr + tl.arange(0, N if AXIS == 0 else M), found)
+
+
+@triton.jit
+def _between_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr):
+    x = tl.load(x_ptr + tl.arange(0, BLOCK))
+    tl.store(out_ptr + tl.arange(0, BLOCK), ((x > -1.0) & (x <= 1.0)).to(tl.int32))
+
+
 def _bf16_patterns():
     """Every bf16 value with every kind of tail a rounding can meet, and 2^20 random float32 patterns."""
     high = torch.arange(2**16, dtype=torch.int64) << 16
@@ -199,6 +222,21 @@ def test_several_blocks_are_reduced_together(axis):
     _reduce_kernel[(1,)](x, y, out, AXIS=axis, M=8, N=16)
     sums, either = (x.sum(), y.amax()) if axis is None else (x.sum(axis), y.amax(axis))
     assert torch.equal(out, torch.stack([sums, either.long()], -1).view_as(out))
+
+
+@pytest.mark.parametrize("axis", [None, 0, 1])
+def test_a_reduction_of_one_block_may_branch(axis):
+    x = torch.randint(-1000, 1000, (4, 8))
+    out = torch.zeros(1 if axis is None else x.shape[1 - axis], dtype=torch.int64)
+    _larger_kernel[(1,)](x, out, AXIS=axis, M=4, N=8)
+    assert torch.equal(out, x.amax().view(1) if axis is None else x.amax(axis))
+
+
+def test_comparisons_of_bf16_are_logical():
+    x = torch.linspace(-2, 2, 64).bfloat16()
+    out = torch.zeros(64, dtype=torch.int32)
+    _between_kernel[(1,)](x, out, BLOCK=64)
+    assert torch.equal(out, ((x > -1) & (x <= 1)).int()) and out.any() and not out.all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
