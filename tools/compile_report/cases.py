@@ -168,8 +168,8 @@ DTYPES = torch.bfloat16, torch.float16, torch.float32
 def dtypes_on(capability: int) -> tuple[torch.dtype, ...]:
     """The dtypes of x to compile whenever a kernel changes: fp16 on sm_90 alone, on the other chips by request.
 
-    In Triton's IR, from which every chip's binary is made, an fp16 kernel of this file and of merge_cases.py is the
-    bf16 kernel with another type name.
+    In Triton's IR, from which every chip's binary is made, an fp16 kernel of this file is the bf16 kernel with another
+    type name. Merges are not: each takes the elements of a word apart in its own way.
     """
     return DTYPES if capability == 90 else (torch.bfloat16, torch.float32)
 
