@@ -66,7 +66,8 @@ def tune(
         tell: is called with a line for each comparison.
 
     Raises:
-        ValueError: an argument is out of range, or ``out`` is there and no file of tuned plans. OSError: of the file.
+        TypeError, ValueError: an argument is of another type or out of range, or ``out`` is there and no file of tuned
+            plans. OSError: of the file.
         RuntimeError: no kernel runs there.
     """
     device = torch.device(guard.DEVICE)
@@ -118,6 +119,11 @@ def why_not(device: torch.device) -> str | None:
 
 
 def _check(shapes, rows, r, dtype, adapter_dtype, autocast, dropout) -> None:
+    for name, given in {"shapes": shapes, "rows": rows}.items():
+        if not isinstance(given, Sequence):
+            raise TypeError(f"{name}: expected a sequence, got {given!r}")
+    if not isinstance(dropout, int | float):
+        raise TypeError(f"dropout: expected a probability below 1, got {dropout!r}")
     for name, values in {"shapes": [size for shape in shapes for size in shape], "rows": rows, "r": [r]}.items():
         if not values or any(type(value) is not int or value < 1 for value in values):
             raise ValueError(f"{name}: expected positive integers, got {values!r}")

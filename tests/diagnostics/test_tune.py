@@ -224,6 +224,12 @@ def test_errors_name_the_argument(name, options, kernels_on, tmp_path, capsys):
     assert path.read_text() == "{" and len(list(tmp_path.iterdir())) == 1
 
 
+@pytest.mark.parametrize("argument", [dict(shapes=4), dict(rows=8), dict(dropout="0.1"), dict(dropout=None)], ids=str)
+def test_an_argument_of_another_type_is_named(argument):
+    with pytest.raises(TypeError, match=f"^{next(iter(argument))}: expected"):
+        tune.tune(**argument)
+
+
 def test_a_folder_that_cannot_be_is_known_before_anything_is_measured(kernels_on, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(tune, "_compare", None)
