@@ -4,6 +4,7 @@
     python tools/peft_suite.py --source peft-0.21.2 -n 2 -k "mixed or lora_ga"
 
 Both runs are offline unless HF_HUB_OFFLINE=0 is set: tests of models that are not in the Hugging Face cache fail alike.
+So do files that cannot be imported, which ``error`` counts: the suite wants diffusers, parameterized and scipy, too.
 The exit status is 1 when a test that passes under stock PEFT does not pass with install(). The same file is the pytest
 plugin of both runs.
 """
