@@ -88,7 +88,7 @@ class AdapterStore(Registry):
         super().__init__(model, sites, transfer, capacity_bytes, grow, host_bytes, max_resident)
         self._prepared: dict[Any, Prepared] = {}
         self._siblings = Siblings()
-        self._open_batches = 0
+        self._open_batches: set[int] = set()
         self.calls_outside = 0  # of the model, in no batch
         self._rows = RowFinder(model, {site.place: site.module for site in sites.values()})
         self._attachment = Attachment(self._rows.callers, sites, self)
@@ -208,12 +208,13 @@ class AdapterStore(Registry):
             raise ValueError("names: expected one entry per sequence, got none")
         entries = [parse_entry(entry, i, (str, Lease)) for i, entry in enumerate(names)]
         entry_of_row = None if rows is None else rows_to_entries(len(entries), rows)
-        held: dict[Any, Version] = {}
-        with self._lock:
-            self._check_attached()
-            self._open_batches += 1  # of the base model alone, too: they run through the hooks
+        batch: Batch | None = None
+        holds: list[Version] = []
         try:
-            held |= self._hold_all(list(dict.fromkeys(key for entry in entries for key, _ in entry)))
+            with self._lock:
+                self._check_attached()
+                self._open_batches.add(id(holds))  # of the base model alone, too: they run through the hooks
+            held = self._hold_all(list(dict.fromkeys(key for entry in entries for key, _ in entry)), holds)
             wanted = [tuple((held[key], weight) for key, weight in entry if weight) for entry in entries]
             self._check_weights(wanted)
             _check_activated(wanted, rows)
@@ -223,7 +224,8 @@ class AdapterStore(Registry):
             group_of_entry = np.array([numbers.get(group, -1) for group in wanted], np.int64)
             more = self._prepared_for(groups), self._siblings, self._rows, buffers, dim
             before = self.calls_outside
-            with Batch(self, groups, group_of_entry, entry_of_row, *more) as batch:
+            batch = Batch(self, groups, group_of_entry, entry_of_row, *more)
+            with batch:
                 yield batch
                 if groups and buffers is None and not batch.has_run and self.calls_outside != before:
                     warnings.warn(
@@ -233,9 +235,19 @@ class AdapterStore(Registry):
                         stacklevel=3,
                     )
         finally:
-            self._residency.release(held.values())
-            with self._lock:
-                self._open_batches -= 1
+            try:
+                self._close(batch, holds)
+            except BaseException:  # an interrupt
+                self._close(batch, holds)
+                raise
+
+    def _close(self, batch: Batch | None, holds: list[Version]) -> None:
+        """Does nothing the second time."""
+        if batch is not None:
+            batch.leave()
+        self._residency.release(holds)
+        with self._lock:
+            self._open_batches.discard(id(holds))
 
     def _check_weights(self, wanted: Sequence[Group]) -> None:
         most = largest_scale(self._transfer.dtype)

@@ -27,6 +27,7 @@ from fused_lora.serving import AdapterStore, StoreFull
 from fused_lora.serving.residency import registry
 from fused_lora.serving.residency.arena import ALIGNMENT, Arena
 from fused_lora.testing.numeric import assert_close
+from helpers.interrupts import everywhere
 from helpers.seeds import shifted
 from helpers.waiting import HANG
 
@@ -655,6 +656,47 @@ def test_an_adapter_in_the_middle_makes_room_for_one_of_its_batch(model, tmp_pat
 def test_a_call_without_rows(model):
     store = holding(model, a=adapter(4, 1))
     assert answers(store, model.up, torch.zeros(0, 3, K), ["a"]).shape == (0, 3, H)
+
+
+@pytest.mark.parametrize("names", [[None], ["a", "a"], ["a", "b"]])
+def test_an_interrupt_leaves_no_batch_open(model, names):
+    """Wherever Python handles signals: gradients are on again, the model computes for itself, nothing is in use."""
+    store = AdapterStore(model, capacity_bytes=2 * nbytes(4))
+    for i, name in enumerate("ab"):
+        store.load(name, adapter(4, i))
+    x = torch.randn(2, 3, K)
+    plain, places = model(x).detach(), 0
+
+    def enter():
+        with store.batch(names):
+            pass
+
+    for place in everywhere(lambda: None, enter):
+        assert torch.is_grad_enabled(), place
+        assert torch.equal(model(x).detach(), plain), place
+        assert store.stats()["in_use"] == 0, place
+        places += 1
+    assert places > 50
+    store.detach()
+
+
+def test_an_interrupted_load_leaves_the_arena_as_it_was(model):
+    """Room that no adapter has would be lost: both adapters fit afterwards, wherever the load was stopped."""
+    store = AdapterStore(model, capacity_bytes=2 * nbytes(4), grow=nbytes(4))
+    store.load("a", adapter(4, 0))
+    source = adapter(4, 1)
+
+    def begin():
+        if "b" in store:
+            store.unload("b")
+
+    places = 0
+    for place in everywhere(begin, lambda: store.load("b", source)):
+        assert store.stats()["in_use"] == 0, place
+        assert store.stats()["bytes_used"] == nbytes(4) * (1 + ("b" in store)), place
+        places += 1
+    assert places > 50
+    store.detach()
 
 
 def test_detach_leaves_the_model_as_it_was(model):

@@ -84,7 +84,7 @@ class Batch:
         self._unread: list[tuple[Tensor, np.ndarray | None]] = []
         self._streams: set[torch.cuda.Stream] = set()  # that layers were computed on
         self._ended = False
-        self._gradients: GradientsOff | None = None  # from the entry on
+        self._entered, self._gradients = False, GradientsOff()
         self._generator: FrameType | None = None  # that entered it
         self._apart: list[Batch] = []  # of generators that were suspended when this one was entered
         self._buffers = buffers
@@ -137,8 +137,9 @@ class Batch:
         return [None if g < 0 else labels[g] for g in self._group_of_entry]
 
     def __enter__(self) -> Batch:
-        if self._gradients is not None:
+        if self._entered:
             raise RuntimeError("batch: it was entered already; call store.batch again")
+        self._entered = True
         self.outer = _running.get()
         while self.outer is not None and self.outer._ended:  # another context has ended it
             self.outer = self.outer.outer
@@ -148,13 +149,16 @@ class Batch:
             if outer._generator is not None and not is_running(outer._generator):
                 self._apart.append(outer)
             outer = outer.outer
-        _running.set(self)
-        self._gradients = GradientsOff()
+        try:
+            _running.set(self)
+            self._gradients.begin()
+        except BaseException:  # an interrupt: nobody would leave it
+            self.leave()
+            raise
         return self
 
     def __exit__(self, *exception) -> None:
-        self._gradients.end()
-        self._leave()
+        self.leave()
         for trace in list(self._traces.values()):
             self._siblings.close(trace)
         me, traces = threading.get_ident(), self._traces
@@ -172,8 +176,12 @@ class Batch:
                 if self._buffers is not None:  # the next fill comes after all that read this one's
                     self._buffers.release()
 
-    def _leave(self) -> None:
-        """Take this one out of the batches of this context: those inside of it may go on after it, in generators."""
+    def leave(self) -> None:
+        """Take this one out of the batches of this context: those inside of it may go on after it, in generators.
+
+        Does nothing the second time.
+        """
+        self._gradients.end()
         self._ended, self._generator, self._apart = True, None, []
         inner = _running.get()
         if inner is self:
@@ -200,7 +208,8 @@ class Batch:
             self._read_checks()
         call = trace.running.enter(path, module, args, kwargs)
         if call is not None and torch.is_grad_enabled() and self._gradients.of_another_thread:
-            trace.gradients = GradientsOff()  # until the call returns
+            trace.gradients = GradientsOff()
+            trace.gradients.begin()  # until the call returns
         if call is not None:
             if self._invocations:
                 self._find_invocations(trace, call, args, kwargs)

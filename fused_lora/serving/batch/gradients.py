@@ -10,28 +10,34 @@ _thread = threading.local()
 
 
 class GradientsOff:
-    """From its making to :meth:`end` gradients are off in this thread.
+    """From :meth:`begin` to :meth:`end` gradients are off in this thread.
 
     The batches of asyncio's tasks and of generators overlap, so the first that began may end first. What was set before
     it is then set again at the end of the one that began after it.
     """
 
     def __init__(self):
-        self._open: list[GradientsOff] = vars(_thread).setdefault("open", [])
+        self._open: list[GradientsOff] = []  # of the thread that began
+
+    def begin(self) -> None:
+        """An interrupt in it leaves to :meth:`end` what it has done."""
+        self._open = vars(_thread).setdefault("open", [])
         self._before = torch.is_grad_enabled()
         self._open.append(self)
         torch.set_grad_enabled(False)
 
     @property
     def of_another_thread(self) -> bool:
-        """Whether another thread made it."""
+        """Whether another thread began it."""
         return self._open is not vars(_thread).get("open")
 
     def end(self) -> None:
-        """In another thread than the one that made it nothing is set."""
+        """In another thread than the one that began it nothing is set. Does nothing the second time."""
+        if self not in self._open:
+            return
         later = self._open[self._open.index(self) + 1 :]
-        self._open.remove(self)
         if later:
             later[0]._before = self._before
         elif not self.of_another_thread:
             torch.set_grad_enabled(self._before)
+        self._open.remove(self)

@@ -98,10 +98,10 @@ class Arena:
         else:
             size = left if self.grow is None else min(max(size, self.grow), left)
         # the offset of a chunk is aligned as torch aligns it: 64 bytes on a CPU, 512 on a GPU
-        self._chunks.append(torch.empty(size, dtype=torch.uint8, device=self.device))
+        chunk = torch.empty(size, dtype=torch.uint8, device=self.device)
         if self.device.type == "cuda":
             # work on this stream may still use what the memory was before; adapters are copied on another
             torch.cuda.current_stream(self.device).synchronize()
-        self._free.append([(0, size)])
+        self._chunks, self._free = [*self._chunks, chunk], [*self._free, [(0, size)]]  # both, also in an interrupt
         self.reserved += size
         return True

@@ -16,20 +16,26 @@ class Lease:
     ``invocation`` the tokens that an aLoRA begins at. Release it, or use it as a context manager.
 
     Args:
-        version: already held by the caller; the lease takes the hold over. residency: the residency it belongs to.
+        holds: one version, already held; the lease takes the hold over. residency: the residency it belongs to.
     """
 
-    def __init__(self, version: Version, residency: Residency):
-        self.held: Version | None = version
-        self._residency = residency
+    def __init__(self, holds: list[Version], residency: Residency):
+        self._holds, self._residency = holds, residency
+        version = holds[0]
         self.name, self.version, self.identity = version.name, version.number, version.identity
         self.invocation = version.invocation
 
+    @property
+    def held(self) -> Version | None:
+        """The version, or None after the release."""
+        return next(iter(self._holds), None)
+
     def adapts(self, layer: nn.Module) -> bool:
         """Whether the adapter changes the output of this layer. Raises RuntimeError after the release."""
-        if self.held is None:
+        version = self.held
+        if version is None:
             raise RuntimeError(f"the lease of {self.identity!r} has been released")
-        return any(part.site.module is layer for part in self.held.parts)
+        return any(part.site.module is layer for part in version.parts)
 
     def belongs_to(self, residency: Residency) -> bool:
         """Whether the version is one of this residency."""
@@ -37,9 +43,7 @@ class Lease:
 
     def release(self) -> None:
         """End the hold. A second call does nothing."""
-        version, self.held = self.held, None
-        if version is not None:
-            self._residency.release([version])
+        self._residency.release(self._holds)
 
     def __enter__(self) -> Lease:
         return self

@@ -304,31 +304,31 @@ class Registry:
         Raises:
             AdapterNotFound: unknown name. StoreFull: no room. AdapterError: its files are damaged.
         """
-        return Lease(self._hold(name), self._residency)
-
-    def _hold_all(self, keys: Sequence[str | Lease]) -> dict[str | Lease, Version]:
-        """:meth:`_hold` of each, or none of them."""
+        holds: list[Version] = []
         try:
-            return self._hold_each(keys)
+            self._hold(name, holds)
+            return Lease(holds, self._residency)
+        except BaseException:
+            self._residency.release(holds)
+            raise
+
+    def _hold_all(self, keys: Sequence[str | Lease], holds: list[Version]) -> dict[str | Lease, Version]:
+        """:meth:`_hold` of each. What has been held before an error is in ``holds``, too."""
+        try:
+            return {key: self._hold(key, holds) for key in keys}
         except StoreFull:  # perhaps one that is there divides the room of another
+            self._residency.release(holds)
             with self._lock:
                 sizes = {key: 0 if isinstance(key, Lease) else self._find(key).nbytes for key in keys}
                 if len(keys) == 1 or not self._residency.clear([self._find(str(key)) for key in keys if sizes[key]]):
                     raise
-        return self._hold_each(sorted(keys, key=lambda key: -sizes[key]))  # the largest first
+        largest_first = sorted(keys, key=lambda key: -sizes[key])
+        return {key: self._hold(key, holds) for key in largest_first}
 
-    def _hold_each(self, keys: Sequence[str | Lease]) -> dict[str | Lease, Version]:
-        held: dict[str | Lease, Version] = {}
-        try:
-            for key in keys:
-                held[key] = self._hold(key)
-            return held
-        except BaseException:
-            self._residency.release(held.values())
-            raise
-
-    def _hold(self, key: str | Lease) -> Version:
-        """The version of a name (or of a lease), held and on the device."""
+    def _hold(self, key: str | Lease, holds: list[Version]) -> Version:
+        """The version of a name (or of a lease), on the device and held: it is added to ``holds``, whoever has these
+        releases it, also after an error."""
+        before = len(holds)
         while True:
             with self._lock:
                 if isinstance(key, Lease) and not key.belongs_to(self._residency):
@@ -339,8 +339,8 @@ class Registry:
                 refused = None if isinstance(key, Lease) else self._refused(version)
                 if refused is not None:
                     raise refused
-                version.held += 1
                 anew = version.quarantined and not isinstance(key, Lease)
+                self._residency.hold(version, holds)
             try:
                 if anew:  # what was refused for good has other files now
                     raise _Changed(*self._read(version))
@@ -349,13 +349,10 @@ class Registry:
                     self._hits, self._misses = self._hits + found, self._misses + (not found)
                 return version
             except _Changed as change:
-                self._residency.release([version])
+                self._residency.release(holds, before)
                 again = Version(version.name, 0, version.folder, files=change.files, inside=version.inside)
                 again.allow_partial = version.allow_partial
                 self._load_packed(again, change.packed, version)
-            except BaseException:
-                self._residency.release([version])
-                raise
 
     @staticmethod
     def _refused(version: Version) -> Exception | None:
@@ -405,12 +402,17 @@ class Registry:
 
     def _load_packed(self, version: Version, packed: Packed, instead_of: Version | None = None) -> Version:
         self._check_reached(part.site.path for part in packed.parts)
-        version.held = 1
+        version.retired, holds = True, []  # until it has a name
         try:
+            self._residency.hold(version, holds)
             self._residency.bring(version, lambda: packed)
             return self._name(version, instead_of)
         finally:
-            self._residency.release([version])
+            try:
+                self._residency.release(holds)
+            except BaseException:  # an interrupt
+                self._residency.release(holds)
+                raise
 
     def _name(self, version: Version, instead_of: Version | None = None) -> Version:
         """Make ``version`` the current one of its name, unless ``instead_of`` is no longer the current one."""
@@ -418,12 +420,12 @@ class Registry:
         with self._lock:
             self._check_attached()
             if instead_of is not None and self._versions.get(name) is not instead_of:
-                self._residency.retire(version)
                 return version
             old = self._versions.get(name)
             version.number = self._last_number(name) + 1
             self._unloaded.pop(name, None)
             self._versions[name] = version
+            version.retired = False
             if old is not None:
                 self._residency.retire(old)
             return version

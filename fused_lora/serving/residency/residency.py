@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -148,16 +148,19 @@ class Residency:
             block, slot = self._make_room(version)
         try:
             arrival = self.transfer.send(version.parts, packed, staged, block, slot)
+            factors = self.transfer.factors(version.parts, block)
+            with self.changed:
+                used = next(self._clock)
+                version.block, version.slot, version.arrival = block, slot, arrival
+                version.factors, version.used = factors, used
+                self.resident.add(version)
+                self.loads += 1
         except BaseException:
             with self.changed:
-                self._give_back(block, slot)
+                if version.block is None:
+                    self._give_back(block, slot)
             raise
         with self.changed:
-            version.block, version.slot, version.arrival = block, slot, arrival
-            version.factors = self.transfer.factors(version.parts, block)
-            version.used = next(self._clock)
-            self.resident.add(version)
-            self.loads += 1
             kept = staged if self.transfer.pinned else None
             if version.host is None and kept is not None and self._host_room(version.nbytes):
                 self._keep_on_host(version, kept)
@@ -175,14 +178,23 @@ class Residency:
             version.retired = True
             self._collect(version)
 
-    def release(self, versions: Collection[Version]) -> None:
-        """The end of a batch that held these versions."""
+    def hold(self, version: Version, holds: list[Version]) -> None:
+        """Keep a version on the device until :meth:`release` of ``holds``, to which it is added."""
         with self.changed:
-            mark = self.transfer.mark() if versions else None
-            for version in versions:
-                version.held -= 1
+            version.held += 1
+            holds += [version]  # Python handles no signal between these two
+
+    def release(self, holds: list[Version], keep: int = 0) -> None:
+        """End the holds that were added after the first ``keep``, and take them out of the list. What an interrupt
+        leaves in it is held."""
+        with self.changed:
+            mark = self.transfer.mark() if len(holds) > keep else None
+            while len(holds) > keep:
+                version = holds[-1]
                 if mark is not None:
                     version.uses[mark[0]] = mark[1]  # the last batch on each stream
+                version.held -= 1
+                del holds[-1]  # as in hold
                 self._collect(version)
 
     def _collect(self, version: Version) -> None:
@@ -251,10 +263,11 @@ class Residency:
 
     def _leave_device(self, version: Version) -> None:
         if version.block is not None:
+            block, slot, uses = version.block, version.slot, version.uses
             self.resident.discard(version)
-            self.transfer.vacate(version.slot, version.uses.values())
-            self._give_back(version.block, version.slot)
             version.block, version.slot, version.factors, version.arrival, version.uses = None, -1, {}, None, {}
+            self.transfer.vacate(slot, uses.values())
+            self._give_back(block, slot)  # last: who has the block next must not share it
 
     def _give_back(self, block: Block, slot: int) -> None:
         self.arena.free(block)
