@@ -360,14 +360,12 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
     Raises RuntimeError if a weight was changed while merged.
     """
     check_module(model)
-    with changing(model):
-        unmerge_all(mergeable_layers(model))
-        context = Context("disable_adapters")
-        _enter(_parts(model), context, {"disable_adapters": True, "context": context})
-    try:
+    with _left(model) as contexts:
+        with changing(model):
+            unmerge_all(mergeable_layers(model))
+            contexts.append(context := Context("disable_adapters"))
+            _enter(_parts(model), context, {"disable_adapters": True, "context": context})
         yield
-    finally:
-        _leave(model, context)
 
 
 @contextmanager
@@ -391,21 +389,21 @@ def adapter_batch(model: nn.Module, adapter_names: Sequence[str | None], *, dim:
         raise ValueError("adapter_names: expected one entry per row, got none")
     check_names(model, [name for name in names if name != BASE])
     check_eval(model)
-    with changing(model):
-        layers, beside = lora_layers(model), auxiliary_modules(model)
-        _check_not_merged(mergeable_layers(model).values())
-        if dim != 0 and beside:
-            raise ValueError(f"dim: expected 0 for a model with modules trained beside LoRA, {some(beside)}, got {dim}")
-        batch = MixedBatch(model, {**layers, **beside}, names, dim)
-        for other in _batches(model):
-            other.check_around()
-        batch.attach()
-        _enter(_parts(model), batch, {"mixed_batch": batch})
-    try:
+    with _left(model) as contexts:
+        with changing(model):
+            layers, beside = lora_layers(model), auxiliary_modules(model)
+            _check_not_merged(mergeable_layers(model).values())
+            if dim != 0 and beside:
+                raise ValueError(
+                    f"dim: expected 0 for a model with modules trained beside LoRA, {some(beside)}, got {dim}"
+                )
+            batch = MixedBatch(model, {**layers, **beside}, names, dim)
+            for other in _batches(model):
+                other.check_around()
+            contexts.append(batch)
+            batch.attach()
+            _enter(_parts(model), batch, {"mixed_batch": batch})
         yield
-    finally:
-        batch.detach()
-        _leave(model, batch)
 
 
 # of each part of a model: the contexts that it is in, (context, attribute, value before), latest last
@@ -426,8 +424,32 @@ def _enter(parts: Iterable[nn.Module], context: Context, values: Mapping[str, An
             setattr(part, attribute, value)
 
 
-def _leave(model: nn.Module, context: Context) -> None:
-    """Undo :func:`_enter`, for parts that were added since, too. Contexts may end in any order, as in generators."""
+@contextmanager
+def _left(model: nn.Module) -> Iterator[list[Context]]:
+    """What is put into the list inside is left at the end, also where an interrupt stops that."""
+    contexts: list[Context] = []
+    try:
+        yield contexts
+    finally:
+        try:
+            _leave(model, contexts)
+        except BaseException:
+            _leave(model, contexts)
+            raise
+
+
+def _leave(model: nn.Module, contexts: Sequence[Context]) -> None:
+    """Undo :func:`_enter`, for parts that were added since, too. Contexts may end in any order, as in generators.
+
+    Does nothing the second time.
+    """
+    for context in contexts:
+        if isinstance(context, MixedBatch):
+            context.detach()
+        _restore(model, context)
+
+
+def _restore(model: nn.Module, context: Context) -> None:
     with changing(model):
         for part in _parts(model):
             entered = _contexts.get(part, [])

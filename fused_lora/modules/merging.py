@@ -154,8 +154,18 @@ def merged(
         merge(model, adapter_names, weights=weights)
         yield model
     finally:
-        if _merged_paths(model):
-            unmerge(model)
+        try:
+            _unmerge_if_merged(model)
+        except Exception:
+            raise
+        except BaseException:  # an interrupt: all of it is merged still, or nothing
+            _unmerge_if_merged(model)
+            raise
+
+
+def _unmerge_if_merged(model: nn.Module) -> None:
+    if _merged_paths(model):
+        unmerge(model)
 
 
 def _merged_paths(model: nn.Module) -> list[str]:

@@ -20,6 +20,7 @@ import fused_lora
 from fused_lora import AdapterNotFound, LoraConfig, LoraLinear
 from fused_lora.testing.numeric import DRAWS, assert_close, assert_no_worse
 from helpers import training
+from helpers.interrupts import everywhere
 from helpers.seeds import shifted
 from helpers.twins import randomize_adapters, twin_models
 from helpers.waiting import HANG
@@ -404,6 +405,28 @@ def test_disable_adapters_runs_the_base_and_enables_them_again():
     with pytest.raises(KeyError), fused_lora.disable_adapters(ours):
         raise KeyError
     assert torch.equal(output(ours, ids), adapted)
+
+
+@pytest.mark.parametrize("which", ["disable_adapters", "adapter_batch", "merged"])
+def test_an_interrupt_leaves_a_context_behind(which):
+    """Wherever Python handles signals the model computes under its adapter afterwards, with the base's bits."""
+    net = nn.Sequential(nn.Linear(4, 3)).eval()
+    fused_lora.inject(net, LoraConfig(r=2, target_modules=["0"], init_lora_weights=False), "a")
+    fused_lora.merge(net)  # the first of a kind tries more than one way
+    fused_lora.unmerge(net)
+    x, before, places = torch.randn(2, 4), snapshot(net), 0
+    wanted = net(x)
+
+    def enter():
+        context = getattr(fused_lora, which)
+        with context(net, ["a", None]) if which == "adapter_batch" else context(net):
+            pass
+
+    for place in everywhere(lambda: None, enter):
+        assert torch.equal(net(x), wanted) and not net[0].disable_adapters and not net[0].merged, place
+        places += 1
+    assert places > 50
+    assert_unchanged(net, before)
 
 
 def test_disable_adapters_unmerges():
