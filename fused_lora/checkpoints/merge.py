@@ -155,9 +155,9 @@ def merge_checkpoint(
             merge.check_done(target, report, verify)
             return report
         inputs = [checkpoint.folder, *(adapter.folder for adapter in opened)]
-        output.check(inputs if notes is None else [*inputs, notes.target])
+        output.check(inputs if notes is None else [*inputs, notes.target, notes.stage])
         if notes is not None and not _is_done(notes.target, merge.identity, RECORD_NAME):
-            notes.check([*inputs, target])
+            notes.check([*inputs, target, output.stage])
         output.check_space(report.nbytes + _SPARE_BYTES)
         if not dry_run:
             meter = _Meter(progress, merge.total, 1 if place.type == "cuda" else workers)

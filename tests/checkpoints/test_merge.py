@@ -992,6 +992,7 @@ def test_where_the_output_may_be(tmp_path, capsys):
         (tmp_path / "held", "which holds something"),
         (tmp_path / "held" / "file" / "x", "is no folder"),
         (tmp_path / "record" / "x", "expected a folder outside"),
+        (tmp_path / "record.partial", "expected a folder outside"),
     ]:
         assert main([*call, "--out", str(out), "--record", str(tmp_path / "record")]) == 1
         assert message in capsys.readouterr().err
@@ -1002,6 +1003,7 @@ def test_where_the_output_may_be(tmp_path, capsys):
     new = str(tmp_path / "new")
     for options, message in [
         (["--in-place", "--record", new], "--record: expected none with another dtype, in place, or on a device"),
+        (["--out", new, "--record", f"{new}.partial"], "error: --record: expected a folder outside"),
         (["--out", new, "--adapter", f"{adapter}:0.5"], "error: --adapter: expected each folder once"),
         (["--out", new, "--adapter", f"{tmp_path / 'other'}:0"], "error: --adapter: expected a weight other than 0"),
         (["--out", new, "--rename", "no=x"], "error: --rename: no path of the adapter begins with"),
