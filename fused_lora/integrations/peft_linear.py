@@ -170,7 +170,7 @@ class AcceleratedLinear(FusedLoraBehaviour):
         """PEFT's merge with one rounding for all adapters; :meth:`unmerge` then restores the bits of before.
 
         PEFT's own method runs where the layer is no plain LoRA over a plain weight, on top of a merge that was not
-        ours, and where the result is not finite and ``safe_merge`` is off.
+        ours, where the result is not finite and ``safe_merge`` is off, and where the weight is not finite and it is on.
 
         Raises:
             TypeError, ValueError, RuntimeError: as PEFT's. RuntimeError: a 4-bit weight has been repacked for the CPU.
@@ -180,11 +180,17 @@ class AcceleratedLinear(FusedLoraBehaviour):
         if isinstance(adapter_names, Iterator):
             adapter_names = list(adapter_names)
         self._warn_of_a_shared_weight()
-        if not self._merges_exactly(adapter_names):
+        if not self._merges_exactly(adapter_names) or (safe_merge and not self._is_finite()):
             return self._merge_by_peft(safe_merge, adapter_names)
         names = self._present(self._names_to_merge(adapter_names))
         if not names:
             return
+        if type(self).__name__ in _STOCK["bnb"]:
+            bits = self._merge_place()[1].bits
+            warnings.warn(
+                f"Merge lora module to {bits}-bit linear may get different generations due to rounding errors.",
+                stacklevel=3,
+            )
         try:
             self._merge_names(names)
         except ValueError:  # not finite
@@ -297,6 +303,14 @@ class AcceleratedLinear(FusedLoraBehaviour):
             return False
         own = base is self.base_layer._parameters.get("bias")
         return bias is None or base is None or (own and base.shape == bias.shape == (B.shape[0],))
+
+    def _is_finite(self) -> bool:
+        """Whether the weight as it is, if not quantised, has no NaN and no infinity: PEFT's safe merge asks the sum."""
+        base, kind = self._merge_place()
+        weight = base._parameters[getattr(self, "parameter_name", "weight")]
+        return (
+            kind.bits > 0 or weight.numel() == 0 or bool(torch.stack(torch.aminmax(weight.detach())).isfinite().all())
+        )
 
     def _merge_by_peft(self, safe_merge: bool, adapter_names: list[str] | None) -> None:
         self._refuse_repacked("merged")

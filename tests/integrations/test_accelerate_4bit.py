@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -159,9 +160,13 @@ def test_merges_are_those_of_peft_and_unmerges_are_exact():
     ours, theirs = pair()
     before = [layer.base_layer.weight.data.clone() for layer in layers(ours)]
     x = torch.randn(M, K)
+    said = []
     for model in (ours, theirs):
-        with quiet():
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
             model.merge_adapter()
+        said.append([str(w.message) for w in caught])
+    assert said[0] == said[1] and "4-bit" in said[0][0]
     for mine, other in zip(layers(ours), layers(theirs), strict=True):
         assert torch.equal(mine.base_layer.weight.data, other.base_layer.weight.data)
     assert_close(ours(x), theirs(x), terms=TERMS)

@@ -132,6 +132,19 @@ def test_safe_merge_refuses_what_is_not_finite(value):
     assert_bits(both.ours, bits)
 
 
+@pytest.mark.parametrize("target", ["lin0", "conv1d", "emb"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_safe_merge_refuses_a_base_weight_that_is_not_finite(value, target):
+    both = pair(TWO, target_modules=[target])
+    for model in both.models:
+        getattr(model.base_model.model, target).get_base_layer().weight.data[2, 1] = value
+    both.do(lambda m: m.merge_adapter(safe_merge=True), raises=ValueError)
+    both.do(lambda m: m.merge_adapter(["another"], safe_merge=True))
+    both.do(lambda m: m.merge_adapter())
+    both.do(lambda m: m.merge_adapter(["b"], safe_merge=True), raises=ValueError)
+    both.do(lambda m: m.unmerge_adapter())
+
+
 def test_an_unsafe_merge_of_a_broken_adapter_is_pefts():
     both = pair(TWO)
     for model in both.models:
