@@ -124,7 +124,7 @@ class Base:
         """Add the adapters to the weight; returns the record that the three below take.
 
         Raises:
-            ValueError: the merged weight would not be finite. Nothing is changed.
+            ValueError: a finite number would become NaN or infinite. Nothing is changed.
         """
         A, B, scaling, row_scale, seed = factors  # one by one: see native.safe_in_a_child
         return merging.merge_(_writable(module), A, B, scaling, row_scale, seed, fan_in_fan_out=fan_in_fan_out)

@@ -71,8 +71,8 @@ def merge(
 
     Raises:
         TypeError: adapter_names is no list of names. AdapterNotFound: an unknown name.
-        ValueError: a merged weight would not be finite, or two adapters train the same token; or the weights do not
-            belong to the names. A PEFT model takes no weights and no seed. Weights that are not of 16 bits and
+        ValueError: a finite number would become NaN or infinite, or two adapters train the same token; or the weights
+            do not belong to the names. A PEFT model takes no weights and no seed. Weights that are not of 16 bits and
             stacks of experts take no seed.
         RuntimeError: the model has no LoRA layers, a lora_bias has no base bias to go to, or a weight also belongs to
             another module, whose output a merge would change.
