@@ -329,11 +329,11 @@ def _attention(call: Applied) -> list[State]:
     if call.packed:
         return _like_first(call)
     states: list[State] = []
-    for tensor in (query, *others):
+    for i, tensor in enumerate((query, *others)):  # one tensor may be all three
         state = call.state(tensor)
         if isinstance(state, Owned) and state.single is None:
             dim = state.dim - tensor.dim()  # from the last, for masks are spread
-            if dim == -1 or (dim == -2 and tensor is not query):
+            if dim == -1 or (dim == -2 and i > 0):
                 return [Unknown(_SUMMED, True)] * len(call.results)
             state = broadcast(state, tensor.shape, query.shape) if tensor.dim() <= query.dim() else Unknown(_SUMMED)
         states.append(state)
@@ -504,3 +504,28 @@ def _recurrent(call: Applied) -> State:
     if isinstance(state, Owned) and state.dim == 0 and state.single is None:
         return Unknown(_SUMMED, True)
     return state
+
+
+@_rule("_cudnn_rnn")
+def _recurrent_of_cudnn(call: Applied) -> list[State]:
+    """Results: [time, sequences, features], or these two turned; then states [layers, sequences, features]."""
+    source, results = call.args[0], call.results
+    state, turned = call.state(source), bool(call.get("batch_first"))
+    if isinstance(state, Owned) and state.single is None:
+        if source.dim() != 3 or state.dim == 2:  # packed: [rows, features]
+            state = call.unknown("packed sequences, or features of different ones")
+        elif state.dim == turned:
+            state = Unknown(_SUMMED, True)
+    if not isinstance(state, Owned):
+        return [state] * len(results)
+    if state.single is None:
+        found: list[State] = [state, *[state._replace(dim=1)] * 2]
+    else:
+        found = [state._replace(dim=0, owners=np.full(t.shape[0], state.single)) for t in results[:3]]
+    return [*found, None, None]  # of memory for a backward, and the weights
+
+
+@_rule("_thnn_fused_lstm_cell _thnn_fused_gru_cell")
+def _cell_of_cuda(call: Applied) -> State:
+    """Gates and states [sequences, features]."""
+    return call.meet([call.state(t) for t in call.args[:3]])

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fused_lora.rows.rules import Applied, rows_after
 from fused_lora.rows.state import Owned, Unknown
 from fused_lora.rows.trace import RowTrace
 from helpers.seeds import shifted
@@ -38,6 +39,10 @@ OPERATIONS = {
     "attention": (lambda x: F.scaled_dot_product_attention(heads(x), heads(x), heads(x), is_causal=True), 0),
     "attention by hand": (lambda x: torch.softmax(heads(x) @ heads(x).transpose(2, 3), -1) @ heads(x), 0),
     "einsum": (lambda x: torch.einsum("btc,bsc->bts", x, x), 0),
+    "attention of one tensor over the batch": (
+        lambda x: F.scaled_dot_product_attention(*[heads(x).transpose(0, 2)] * 3),
+        None,
+    ),
     "attention over the batch": (lambda x: F.scaled_dot_product_attention(*[x.transpose(0, 1)] * 3), None),
     "by hand over the batch": (lambda x: torch.softmax(x.transpose(0, 1) @ x.permute(1, 2, 0), -1), None),
     "layer norm": (lambda x: F.layer_norm(x, (C,)), 0),
@@ -152,6 +157,72 @@ def test_a_sequences_values_are_where_the_rules_say(name):
         moved = (operation(x if name in changes else other) != out).movedim(dim, 0).reshape(len(state.owners), -1)
         torch.random.set_rng_state(generator)
         assert not moved.any(-1)[torch.from_numpy(state.owners != b)].any()
+
+
+def heads_of_8(x):
+    return torch.cat([x, x[..., :2]], -1).view(B, T, 2, 4).transpose(1, 2)
+
+
+def cudnn(x, batch_first):
+    state, weights = torch.zeros(1, x.shape[not batch_first], C, device="meta"), [W.to("meta")] * 4
+    rest = None, state, state, 2, C, 0, 1, batch_first, 0.0, False, False, [], None
+    return torch.ops.aten._cudnn_rnn(x, weights, 4, *rest)
+
+
+aten = torch.ops.aten
+# what a GPU runs in place of a CPU's operators: the owned dimension of each result; None: it must be Unknown
+ON_A_GPU = {
+    "cudnn": (lambda x: cudnn(x, True)[:3], [0, 1, 1]),
+    "cudnn, time first": (lambda x: cudnn(x.transpose(0, 1), False)[:3], [1, 1, 1]),
+    "cudnn over the batch": (lambda x: cudnn(x, False)[:1], [None]),
+    "cudnn over the batch, turned": (lambda x: cudnn(x.transpose(0, 1), True)[:1], [None]),
+    "cudnn of one sequence": (lambda x: [torch.stack([cudnn(x[b : b + 1], True)[0][0] for b in range(B)])], [0]),
+    "flash": (lambda x: aten._scaled_dot_product_flash_attention(*[heads_of_8(x)] * 3)[:1], [0]),
+    "efficient": (lambda x: aten._scaled_dot_product_efficient_attention(*[heads_of_8(x)] * 3, None, False)[:1], [0]),
+    "attention of cudnn": (
+        lambda x: aten._scaled_dot_product_cudnn_attention(*[heads_of_8(x)] * 3, None, False)[:1],
+        [0],
+    ),
+    "flash over the batch": (
+        lambda x: aten._scaled_dot_product_flash_attention(*[heads_of_8(x).transpose(0, 2)] * 3)[:1],
+        [None],
+    ),
+    "rms norm": (lambda x: aten._fused_rms_norm(x, [C], None, 1e-6)[:1], [0]),
+}
+
+
+@pytest.mark.parametrize("name", ON_A_GPU)
+def test_operators_of_a_gpu(name):
+    """No number is computed: a CPU has no kernels for them."""
+    operation, dims = ON_A_GPU[name]
+    trace = RowTrace(packed=False)
+    x = torch.empty(B, T, C, device="meta")
+    trace.mark(x, Owned(0, np.arange(B)))
+    with torch.no_grad(), trace:
+        results = operation(x)
+    for result, dim in zip(results, dims, strict=True):
+        state = trace.state(result)
+        if dim is None:
+            assert isinstance(state, Unknown) and state.mixed, state
+        else:
+            assert isinstance(state, Owned) and state.dim == dim, state
+            assert state.owners.tolist() == [*range(B)] and result.shape[dim] == B
+
+
+@pytest.mark.parametrize("cell, count", [(aten._thnn_fused_lstm_cell, 4), (aten._thnn_fused_gru_cell, 3)])
+@pytest.mark.parametrize("other", [None, [2, 1, 0]])
+def test_cells_of_a_gpu(cell, count, other):
+    """Gates of the inputs and of the state, which may be of other sequences; the results are given."""
+    sides = [torch.empty(B, count * C), torch.empty(B, count * C), torch.empty(B, C)]
+    owners = [np.arange(B), np.arange(B), np.arange(B) if other is None else np.array(other)]
+    states = {id(t): Owned(0, of) for t, of in zip(sides, owners, strict=True)}
+    out = torch.empty(B, C), torch.empty(B, count * C)
+    call = Applied(cell.default, sides, {}, out, lambda t: states.get(id(t)), packed=False)
+    for state in rows_after(call):
+        if other is None:
+            assert isinstance(state, Owned) and state.dim == 0 and state.owners.tolist() == [*range(B)]
+        else:
+            assert isinstance(state, Unknown) and state.mixed
 
 
 def test_a_view_without_elements_tells_nothing():
