@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
 from fused_lora.bases.expert_terms import Even, ExpertTerm, Routed, add_terms, back
+from fused_lora.ops import guard
 from fused_lora.rows import why_rows_meet
 
 IMPLEMENTATIONS = (None, "eager", "grouped_mm", "batched_mm")  # of one arithmetic: which experts a row goes through
@@ -556,9 +557,12 @@ def form_of(experts: Any) -> Form:
 
 
 def _check_experts(ids: Tensor, experts: int) -> None:
-    """Raise ValueError unless sorted numbers of experts are all there. Compiled code cannot ask."""
+    """Raise ValueError unless sorted numbers of experts are all there. Compiled code cannot ask, and in a CUDA graph the
+    device asks at each replay."""
     if torch.compiler.is_compiling() or not len(ids):
         return
+    if guard.capturing(ids.device):
+        return torch._assert_async((ids[0] >= 0) & (ids[-1] < experts))
     first, last = torch.stack((ids[0], ids[-1])).tolist()  # one wait for the device
     if first < 0 or last >= experts:
         raise ValueError(f"top_k_index: expected experts below {experts}, got {first if first < 0 else last}")

@@ -14,8 +14,13 @@ from torch._compile import _disable_dynamo
 
 from fused_lora.modules.frames import generator_around, is_running
 from fused_lora.modules.names import some
+from fused_lora.ops import guard
 from fused_lora.rows import Entries, RowFinder, Running, checked_dim
 
+_CAPTURED = (
+    "adapter_batch: a CUDA graph would read the rows of this batch after its end; capture outside of it, or serve the "
+    "adapters by an AdapterStore and its row_buffers"
+)
 # finders by model: what one has found holds for the next batch
 _finders: WeakKeyDictionary[nn.Module, RowFinder] = WeakKeyDictionary()
 
@@ -143,10 +148,12 @@ class MixedBatch(Context):
 
         Raises:
             ValueError: the rows are not known, or are not the batch's.
-            RuntimeError: the model is in training mode.
+            RuntimeError: the model is in training mode, or a CUDA graph is being captured.
         """
         _break_graph()
         check_eval(self._finder.callers[""])
+        if guard.capturing(x.device):  # the rows live as long as the batch, a graph longer
+            raise RuntimeError(_CAPTURED)
         if layer not in self._paths:  # added since: it has none of these adapters
             return {}
         running, path = self._of_thread(), self._paths[layer]

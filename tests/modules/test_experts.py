@@ -13,7 +13,7 @@ from torch import nn
 import fused_lora
 from fused_lora import bases
 from fused_lora.adapters.errors import AdapterError
-from fused_lora.ops import native
+from fused_lora.ops import guard, native
 from fused_lora.ops.linear.op import draw_seeds
 from fused_lora.reference import bits, dropout_mask, keep_scale
 from fused_lora.testing.numeric import assert_close, assert_no_worse
@@ -478,6 +478,22 @@ def test_calls_that_do_not_fit_are_refused_by_name(change, kind, text):
     assert ours.experts(*call).shape == (4, HIDDEN)
     with pytest.raises(kind, match=text):
         ours.experts(*change(*call))
+
+
+def test_a_capture_does_not_wait_for_the_numbers_of_experts(monkeypatch):
+    """A graph asks on the device instead, at each replay."""
+    ours, _ = twins()
+    call = torch.randn(4, HIDDEN), torch.arange(8).reshape(4, 2) % EXPERTS, torch.rand(4, 2)
+    expected = ours.experts(*call)
+    monkeypatch.setattr(guard, "capturing", lambda device: True)
+    with monkeypatch.context() as patched:
+        for read in ("tolist", "item", "__bool__", "__int__"):
+            patched.setattr(torch.Tensor, read, lambda tensor: pytest.fail("the host waits for the device"))
+        found = ours.experts(*call)
+    assert torch.equal(bits(found), bits(expected))
+    for shift in (EXPERTS, -1):
+        with pytest.raises(RuntimeError, match="Expected Tensor with single nonzero value"):
+            ours.experts(call[0], call[1] + shift, call[2])
 
 
 LLAMA4 = pytest.mark.parametrize(

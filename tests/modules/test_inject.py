@@ -18,6 +18,7 @@ from transformers import AutoModel, BertConfig, BertModel, GPT2Config, GPT2LMHea
 
 import fused_lora
 from fused_lora import AdapterNotFound, LoraConfig, LoraLinear
+from fused_lora.ops import guard
 from fused_lora.testing.numeric import DRAWS, assert_close, assert_no_worse
 from helpers import training
 from helpers.interrupts import everywhere
@@ -620,6 +621,20 @@ def test_mixed_batch_errors():
         pass
     fused_lora.unmerge(ours)
     assert all(layer.mixed_batch is None for layer in fused_lora.lora_layers(ours).values())
+
+
+@pytest.mark.parametrize("names", [["one"], ["one", "two", None]])
+def test_a_capture_in_a_mixed_batch_is_refused(names, monkeypatch):
+    """Also after a call outside of the capture, whose rows a replay would read when they are freed."""
+    ours, _ = twin_models(llama(), TWO)
+    ids = tokens()
+    with fused_lora.adapter_batch(ours, names):
+        expected = output(ours, ids)
+        with monkeypatch.context() as patched:
+            patched.setattr(guard, "capturing", lambda device: True)
+            with pytest.raises(RuntimeError, match="adapter_batch: a CUDA graph would read the rows"):
+                ours(ids)
+        assert torch.equal(output(ours, ids), expected)
 
 
 def test_a_str_as_list_of_names_is_refused():
