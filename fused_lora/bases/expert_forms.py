@@ -557,12 +557,12 @@ def form_of(experts: Any) -> Form:
 
 
 def _check_experts(ids: Tensor, experts: int) -> None:
-    """Raise ValueError unless sorted numbers of experts are all there. Compiled code cannot ask, and in a CUDA graph the
-    device asks at each replay."""
+    """Raise ValueError unless sorted numbers of experts are all there; the device does so at each replay of a CUDA graph.
+    Compiled code cannot ask."""
     if torch.compiler.is_compiling() or not len(ids):
         return
     if guard.capturing(ids.device):
-        return torch._assert_async((ids[0] >= 0) & (ids[-1] < experts))
+        return torch.ops.aten._assert_async.default((ids[0] >= 0) & (ids[-1] < experts))
     first, last = torch.stack((ids[0], ids[-1])).tolist()  # one wait for the device
     if first < 0 or last >= experts:
         raise ValueError(f"top_k_index: expected experts below {experts}, got {first if first < 0 else last}")
