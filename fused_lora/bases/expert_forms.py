@@ -557,8 +557,8 @@ def form_of(experts: Any) -> Form:
 
 
 def _check_experts(ids: Tensor, experts: int) -> None:
-    """Raise ValueError unless sorted numbers of experts are all there; the device does so at each replay of a CUDA graph.
-    Compiled code cannot ask."""
+    """Raise ValueError unless sorted numbers of experts are all there. Compiled code cannot ask. In a CUDA graph the
+    device does, at each replay."""
     if torch.compiler.is_compiling() or not len(ids):
         return
     if guard.capturing(ids.device):
