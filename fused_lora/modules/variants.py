@@ -108,10 +108,12 @@ def _add(layer: Any, y: Tensor, x: Tensor, name: str, bias: Tensor | None) -> Te
 
 
 def _rows_to_drop(x: Tensor, A: Tensor) -> Tensor:
-    """x in the dtype of the product with W: on a GPU what the operands have, on a CPU fp32 or wider."""
+    """x in the dtype of the product with W: on a GPU PEFT's, the adapters' or that of autocast; on a CPU fp32 or
+    wider."""
+    wide = torch.promote_types(x.dtype, A.dtype)
     if x.is_cpu:
-        return x.to(torch.promote_types(torch.promote_types(x.dtype, A.dtype), torch.float32))
-    return x.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else x
+        return x.to(torch.promote_types(wide, torch.float32))
+    return x.to(torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else wide)
 
 
 def _base_product(layer: Any, x: Tensor) -> Tensor:

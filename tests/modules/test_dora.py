@@ -353,3 +353,19 @@ def test_the_adapted_weight_is_never_whole():
             held += event.nbytes()
             peak = max(peak, held)
     assert 0 < peak <= 0.1 * W.nbytes
+
+
+@pytest.mark.parametrize(
+    "adapter, autocast, wanted",
+    [
+        (torch.float32, False, torch.float32),
+        (torch.bfloat16, False, torch.bfloat16),
+        (torch.float32, True, torch.bfloat16),
+    ],
+)
+def test_on_a_gpu_dropped_rows_meet_the_base_in_pefts_dtype(adapter, autocast, wanted, monkeypatch):
+    """Rounded to a 16-bit base's they gave the magnitude a gradient a thousand times less exact than PEFT's."""
+    monkeypatch.setattr(torch.Tensor, "is_cpu", False, raising=False)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        rows = variants._rows_to_drop(torch.ones(2, 3, dtype=torch.bfloat16), torch.ones(1, 3, dtype=adapter))
+    assert rows.dtype is wanted
