@@ -4,8 +4,8 @@
 
 ``lora_expand`` is the term as a launch of its own. Before a GEMM of the library that adds to it, Y is written here and
 read and written there, and the term is rounded to Y's dtype once more than in the fused kernels, as eager's is. With
-``base`` it is added to a Y that somebody else computed: fp32 sums, one rounding. Bytes: e M N (twice with ``base``)
-+ 4 M R + e R N; flops 2 M R N; floor the same.
+``base`` it is added to a Y that somebody else computed, in its place behind a GEMM with a bias: fp32 sums, one
+rounding. Bytes: e M N (twice with ``base``) + 4 M R + e R N; flops 2 M R N; floor the same.
 
 S is converted to the adapters' dtype as the left operand of the dot, so the loop over blocks of ranks is not pipelined
 (tiles.py says why). Scales are applied in fp32, after the dot: nothing is rounded twice, and fp16 neither overflows nor
@@ -118,10 +118,12 @@ def prepare_expand(
     config: LaunchConfig | None = None,
     by_columns: bool = False,
     base: torch.Tensor | None = None,
+    onto: bool = False,
 ) -> Callable[..., torch.Tensor]:
     """``lora_expand`` as a function of (S, Q, seeds, bias, base), for tensors of these shapes, strides and dtypes.
 
-    by_columns: the function takes the transposes of Q, as they are stored.
+    by_columns: the function takes the transposes of Q, as they are stored. onto: base is contiguous, and the results
+    are written in its place.
     """
     ranks, size, device = [q.shape[0] for q in Q], (M, Q[0].shape[1]), Q[0].device
     if 0 in size:
@@ -130,12 +132,12 @@ def prepare_expand(
     config = config or pick("expand", *size, 0, max(ranks), dtype, drop, capability(device), wide)
     copied = config.copied(dtype)
     single, q = is_single(Q) and not copied, stacked(Q, False, copied)
-    base_strides = (0, 0) if base is None else addressable(base).stride()
+    base_strides = (size[1], 1) if onto else (0, 0) if base is None else addressable(base).stride()
     ends, bounds = adapter_table(ranks, dropout)
     launch = Launch(
         (-(-M // config.BLOCK_M) * -(-size[1] // config.BLOCK_N),),
         ends, bounds, tuple(map(float, scales)), *size, sum(ranks), *q.stride(), *base_strides,
-        NUM_ADAPTERS=len(ranks), DROP=drop, HAS_BASE=base is not None, HAS_BIAS=has_bias,
+        NUM_ADAPTERS=len(ranks), DROP=drop, HAS_BASE=onto or base is not None, HAS_BIAS=has_bias,
         UPCAST=config.upcasts(q.dtype, dtype), PRECISION=precision(dtype),
         BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N, BLOCK_R=config.BLOCK_R, GROUP_M=config.GROUP_M,
         **config.options(),
@@ -143,7 +145,8 @@ def prepare_expand(
     kernel = _lora_expand_kernel
 
     def run(S, Q, seeds, bias, base=None):
-        y, Q = torch.empty(*size, dtype=dtype, device=device), Q[0] if single else stacked(Q, by_columns, copied)
+        y = base if onto else torch.empty(*size, dtype=dtype, device=device)
+        Q = Q[0] if single else stacked(Q, by_columns, copied)
         bias = bias if bias is None else bias.contiguous()
         launch(kernel, S, Q, y, None if base is None else addressable(base), bias, seeds if drop else None)
         return y

@@ -27,6 +27,7 @@ LAUNCHES = {
     "forward, split, fp32": 2,
     "shrink, mask, fp32 adapter": 1,
     "expand, bias": 1,
+    "expand onto a product": 1,
     "expand, two masks": 1,
     "backward_g": 1,
     "backward_x": 1,
@@ -199,6 +200,8 @@ def launches(given: list[list]) -> dict[str, int]:
     S, B_t = torch.zeros(40, 32), [B.t() for B in two.lora_B]
     run = prepare_expand(40, B_t, two.scaling, two.dropout, False, True, bf16, by_columns=True)
     counted("expand, bias", run, S, two.lora_B, None, two.bias)
+    run = prepare_expand(40, B_t, two.scaling, two.dropout, False, False, bf16, by_columns=True, onto=True)
+    counted("expand onto a product", run, S, two.lora_B, None, None, torch.zeros(40, 64, dtype=bf16))
     run = prepare_expand(40, two.lora_A, [1.0, 1.0], two.dropout, True, False, bf16)
     counted("expand, two masks", run, S, two.lora_A, two.seeds, None)
     passes("backward_x", 0.0, bf16)

@@ -152,6 +152,27 @@ def test_fp32_adapters_under_autocast(pair, ranks, dropout, dtype, device, ran, 
         assert not any(torch.equal(t, t.to(dtype).float()) for t in found[2:])
 
 
+@pytest.mark.parametrize("bias_dtype", [None, FP32], ids=["own", "fp32"])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("variant", ["recompute", "split", "library"])
+def test_a_bias_that_cancels_the_product_is_rounded_with_it(variant, dtype, bias_dtype, device, ran, monkeypatch):
+    monkeypatch.setattr(plan, "choose", lambda op, *_: variant)
+    found = []
+    for _ in range(DRAWS):
+        x, W, _, A, B, s, p, _ = arguments(device, 20, 48, 33, (4,), dtype, dtype, (0.0,))
+        x = (x.detach()[:1] + 2**-6 * x.detach()).contiguous()
+        bias = -(x[:1] @ W.t())[0].to(bias_dtype or dtype)
+        A, B = ([t.detach() * 2**-6] for t in (*A, *B))
+        with torch.no_grad():
+            y = lora_linear(x, W, bias, A, B, s, p)
+            base = torch.nn.functional.linear(x.float(), W.float(), bias.to(dtype).float()).to(dtype)
+            eager = base + s[0] * (x @ A[0].t() @ B[0].t())
+        exact = reference.lora_linear(*(t.double() for t in (x, W, bias)), *([u[0].double()] for u in (A, B)), s, p)[0]
+        found.append((y, eager, exact))
+    assert ran.count(("lora_linear", variant)) >= DRAWS  # the trial is one more
+    assert_no_worse(*map(torch.stack, zip(*found, strict=True)), draws=True)
+
+
 def test_second_derivatives_under_autocast_are_those_of_rounded_adapters(device, ran):
     leaves, call, exact, _ = under_autocast(device, torch.bfloat16, (33, 64, 48), (4,), (0.1,))
     y = call()

@@ -124,17 +124,18 @@ def _shrink_case(config: LaunchConfig, dtype: torch.dtype, dropout: bool, upcast
 def _expand_case(
     config: LaunchConfig, dtype: torch.dtype, dropout: bool, upcast: bool, precision: str, base: bool = False
 ):
-    """With a mask as the input gradient launches it, without as the forward does; with ``base`` as lora_term does."""
+    """With a mask as the input gradient launches it, without as the forward does; with ``base`` as lora_term does, and
+    the forward of a layer with a bias."""
     y, adapter = f"*{_TRITON_NAMES[dtype]}", _adapter(config, dtype, upcast)
     types = dict(
         s_ptr="*fp32", q_ptr=adapter, y_ptr=y, rank_ends=("i32",), bounds=("i32",), scales=("fp32",),
         M="i32", N="i32", R="i32",
     )  # fmt: skip
     values = dict(
-        NUM_ADAPTERS=1, DROP=dropout, HAS_BASE=base, HAS_BIAS=not dropout, UPCAST=upcast, PRECISION=precision,
+        NUM_ADAPTERS=1, DROP=dropout, HAS_BASE=base, HAS_BIAS=base, UPCAST=upcast, PRECISION=precision,
         BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N, BLOCK_R=config.BLOCK_R, GROUP_M=config.GROUP_M,
     )  # fmt: skip
-    for name, kind, used in (("base_ptr", y, base), ("bias_ptr", y, not dropout), ("seeds_ptr", "*i64", dropout)):
+    for name, kind, used in (("base_ptr", y, base), ("bias_ptr", y, base), ("seeds_ptr", "*i64", dropout)):
         (types if used else values)[name] = kind if used else None
     values["stride_bn"] = int(base)
     (types if base else values)["stride_bm"] = "i32" if base else 0

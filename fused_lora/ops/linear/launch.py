@@ -54,15 +54,20 @@ def lora_linear(
             x, weight, bias, lora_A, lora_B, seeds
         )
     shrink = prepare_shrink(x, lora_A, [keep_scale(p) for p in dropout], dropout, drop, chosen.shrink)
-    B_t = [B.t() for B in lora_B]
-    has_bias = bias is not None
-    expand = prepare_expand(len(x), B_t, scaling, dropout, False, has_bias, x.dtype, chosen.product, by_columns=True)
+    kinds = len(x), [B.t() for B in lora_B], scaling, dropout, False, False, x.dtype, chosen.product
+    expand = prepare_expand(*kinds, by_columns=True, onto=bias is not None)
+    cast = bias is not None and bias.dtype != x.dtype
 
-    def run(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds):
+    def onto_term(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds):
         S = shrink(x, lora_A, seeds)
-        return expand(S, lora_B, None, bias).addmm_(x, weight.t()), S
+        return expand(S, lora_B, None, None).addmm_(x, weight.t()), S
 
-    return run
+    def onto_product(x, weight, bias, lora_A, lora_B, scaling, dropout, seeds):
+        S, bias = shrink(x, lora_A, seeds), bias.to(x.dtype) if cast else bias
+        return expand(S, lora_B, None, None, torch.addmm(bias, x, weight.t())), S
+
+    # a bias is rounded with the product, as eager's is, and not before: the two may cancel
+    return onto_term if bias is None else onto_product
 
 
 def lora_linear_backward(

@@ -107,7 +107,7 @@ def choose(
 
     Returns:
         "linear": "recompute" (one launch), "split" (shrink, then a GEMM with the expand in it), "library" (shrink,
-        expand, then the library's GEMM adds to it) or "eager".
+        expand, then the library's GEMM adds to it; of a layer with a bias the GEMM, then the expand) or "eager".
         "linear_4bit", for the few rows of :func:`reads_4_bits`: "recompute", "split" or "eager".
         "term", onto a y that is there: "library" without the GEMM, or "eager".
         "backward": "passes" (one over g, one over x, then the library's GEMM), "library" (shrink, expand, the library's
