@@ -22,7 +22,7 @@ from fused_lora.bases.base import Adapters, Factors
 from fused_lora.bases.foreign import why_not_added
 from fused_lora.ops.checks import as_float
 from fused_lora.ops.dora.op import dropped, scale_columns
-from fused_lora.ops.linear.op import _autocasts, _rows, draw_seeds
+from fused_lora.ops.linear.op import _autocast_dtype, _rows, draw_seeds
 from fused_lora.ops.term.op import lora_term
 
 _NONE: Mapping[str, Tensor] = MappingProxyType({})
@@ -85,7 +85,8 @@ def dora_forward(layer: Any, x: Tensor, names: list[str], fused: bool, *args: An
 
 def _rounds_gradients(layer: Any, x: Tensor, names: list[str]) -> bool:
     """Whether wider adapters would get the gradient of a y in x's dtype: PEFT's get that of the sum, in theirs."""
-    if not torch.is_grad_enabled() or _autocasts(x):
+    cast = _autocast_dtype(x)  # of y, or coarser than it, unless bf16 x over a packed weight meets fp16
+    if not torch.is_grad_enabled() or (cast is not None and torch.finfo(x.dtype).eps <= torch.finfo(cast).eps):
         return False
     parts = layer._parts(names)
     factors = [part._parameters["weight"] for part in (*parts[::3], *parts[1::3])]

@@ -192,6 +192,32 @@ def test_autocast_is_as_exact_as_peft(x_dtype, autocast):
         assert_no_worse(*(torch.stack([draw[k] for draw in part]) for part in found), name=name, draws=True)
 
 
+def test_dora_under_autocast_does_not_round_gradients_to_16_bits_of_x():
+    """Of bf16 x under fp16 autocast PEFT's adapters get the gradient in fp16, which has three bits more."""
+    peft = pytest.importorskip("peft")
+    found = [], [], []
+    for _ in range(DRAWS):
+        base = linear4bit(N, K, dtype=F32, compute_dtype=F32)
+        dense = nn.Linear(K, N)
+        dense.weight.data, dense.bias.data = values_of(base), base.bias.data
+        config = peft.LoraConfig(r=4, lora_alpha=6, use_dora=True, target_modules=["0"])
+        theirs, exact = (peft.get_peft_model(nn.Sequential(m), config) for m in (base, dense.double()))
+        for name, part in theirs.named_parameters():
+            if "lora_A" in name or "lora_B" in name:
+                part.data.normal_(std=K**-0.5)
+            if "lora_" in name:
+                exact.get_parameter(name).data = part.detach().double()
+        ours = fused_lora.accelerate(copy.deepcopy(theirs))
+        x, g = torch.randn(M, K).to(BF16), torch.randn(M, N).to(BF16)
+        for part, model in zip(found, (ours, theirs, exact), strict=True):
+            with torch.autocast("cpu", F16, enabled=model is not exact):
+                y = model(x.to(F64) if model is exact else x)
+            wanted = [p for name, p in model.named_parameters() if "lora_" in name]
+            part.append([y.detach(), *torch.autograd.grad(y, wanted, g.to(y.dtype))])
+    for k, name in enumerate(("y", "dA", "dB", "dm")):
+        assert_no_worse(*(torch.stack([draw[k] for draw in part]) for part in found), name=name, draws=True)
+
+
 def test_x_alone_is_kept():
     layer = our_layer(peft_layer(linear4bit(N, K), 0.3), 0.3)
     x, saved = torch.randn(50, K, requires_grad=True), []
