@@ -254,6 +254,15 @@ def test_library_products_in_tf32_drop_no_layer(device, kernels_on):
     assert all(guard._state.values()) and tf32.products
 
 
+def test_gradients_of_16_bit_adapters_over_fp32_drop_no_kernel(device, kernels_on):
+    """They are rounded to the adapters' dtype."""
+    case = LayerCase.make(40, 48, 64, [4], [0.0], torch.float32, adapter_dtype=torch.bfloat16, device=device)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        case.planned()
+    assert any(key[0] == "backward" for key in guard._state) and all(guard._state.values())
+
+
 @pytest.mark.parametrize("result", [0, 1])
 def test_an_fp32_library_plan_that_is_off_by_more_than_tf32_is_dropped(result, device, kernels_on, monkeypatch):
     """And its S, which is ours, by more than fp32."""
