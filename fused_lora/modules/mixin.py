@@ -27,7 +27,7 @@ from fused_lora.modules.fusable import why_inference, why_not_plain, why_not_pla
 from fused_lora.modules.mixed import MixedBatch, rows_by_name
 from fused_lora.modules.offload import is_sharded, refuse_sharded
 from fused_lora.ops.checks import as_float, as_scaling, is_known
-from fused_lora.ops.linear.op import Memory, _rows, keeps_inference, recalled
+from fused_lora.ops.linear.op import Memory, _autocasts, _rows, keeps_inference, recalled
 from fused_lora.ops.term.op import known_term, lora_term
 from fused_lora.ops.term.rows import lora_term_on_rows
 
@@ -559,9 +559,14 @@ class FusedLoraBehaviour(_Layer):
 
 
 def _is_odd(x: Any, parts: list[nn.Module], base: nn.Module) -> bool:
-    """Whether only PEFT's calls may take an input and adapters: a sparse one, or some that no backward can keep."""
+    """Whether only PEFT's calls may take an input and adapters: a sparse one, some that no backward can keep, or
+    float64 ones under autocast, which leaves them so."""
     if torch.compiler.is_compiling() or not isinstance(x, Tensor):
         return False
+    if _autocasts(x) and any(
+        p.dtype is torch.float64 for part in parts for p in part._parameters.values() if p is not None
+    ):
+        return True
     return x.layout is not torch.strided or why_inference(x, parts, base) is not None
 
 

@@ -946,6 +946,21 @@ def test_autocast(p, dtype):
         assert_no_worse(*(torch.stack(result[key]) for result in results), name=key, draws=True)
 
 
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_float64_adapters_under_autocast_compute_in_float64(use_dora):
+    """As in PEFT: autocast leaves float64 as it is."""
+    ours, theirs = twin_layers(linear(), r=4, use_dora=use_dora)
+    for layer in (ours, theirs):
+        for part in (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector):
+            part.double()
+    x, g = torch.randn(9, K), torch.randn(9, N).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = [run_layer(layer, x, g) for layer in (ours, theirs)]
+    for key in ("dA default", "dB default"):
+        assert found[0][key].dtype is torch.float64
+        assert torch.equal(found[0][key].float(), found[1][key].float()), key
+
+
 def test_autocast_off_inside_autocast():
     ours, theirs = twin_layers(linear(), r=4)
     x = torch.randn(5, K)
