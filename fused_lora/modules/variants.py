@@ -22,7 +22,7 @@ from fused_lora.bases.base import Adapters, Factors
 from fused_lora.bases.foreign import why_not_added
 from fused_lora.ops.checks import as_float
 from fused_lora.ops.dora.op import dropped, scale_columns
-from fused_lora.ops.linear.op import _autocast_dtype, _rows, draw_seeds
+from fused_lora.ops.linear.op import _autocast_dtype, _rows, draw_seeds, without_autocast
 from fused_lora.ops.term.op import lora_term
 
 _NONE: Mapping[str, Tensor] = MappingProxyType({})
@@ -166,7 +166,8 @@ def composed_forward(
         if name in rows:
             here, flat = rows[name], _rows(result)
             term = B(A(drop(_rows(x)[here]))) * s
-            result = flat.index_copy(0, here, (flat[here] + term).to(flat.dtype)).reshape(result.shape)
+            with without_autocast(flat):  # as for lora_term_on_rows
+                result = flat.index_copy(0, here, (flat[here] + term).to(flat.dtype)).reshape(result.shape)
             continue
         kept = drop(x) if name not in held or _drops(layer, name) else x
         term = B(A(kept)) * s

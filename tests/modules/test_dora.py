@@ -7,6 +7,7 @@ import peft.helpers
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import parametrize, prune
 
 import fused_lora
@@ -369,3 +370,15 @@ def test_on_a_gpu_dropped_rows_meet_the_base_in_pefts_dtype(adapter, autocast, w
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         rows = variants._rows_to_drop(torch.ones(2, 3, dtype=torch.bfloat16), torch.ones(1, 3, dtype=adapter))
     assert rows.dtype is wanted
+
+
+@pytest.mark.parametrize("autocast", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_columns_are_scaled_under_autocast_to_the_other_16_bit_dtype(dtype, autocast, monkeypatch):
+    """On a GPU, whose autocast refuses addcmul of both dtypes; tensors without numbers have its rules."""
+    with FakeTensorMode(), monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+        y, bias, scale = (torch.empty(4, device="cuda", dtype=own) for own in (autocast, dtype, torch.float32))
+        with torch.autocast("cuda", autocast):
+            assert op.scale_columns(y, scale, bias).dtype is torch.float32

@@ -33,3 +33,14 @@ def test_bits_and_gradients_are_those_of_the_rows_alone(rows, dtypes, dropout):
     for mine, right in zip(found, wanted, strict=True):
         assert mine.dtype == right.dtype and torch.equal(mine, right)
     assert rows or not any(t.any() for t in found)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_rows_under_autocast_to_the_other_16_bit_dtype(grad):
+    """As in PEFT, which adds in place. A CPU's autocast refuses index_copy of it."""
+    y, x, rows = torch.randn(5, N).half(), torch.randn(5, K).half(), torch.tensor([1, 3])
+    A, B = (torch.randn(s).requires_grad_(grad) for s in ((R, K), (N, R)))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = lora_term_on_rows(y, x, rows, [A], [B], [1.5])
+        alone = lora_term(y[rows], x[rows], [A], [B], [1.5])
+    assert out.dtype is torch.float16 and torch.equal(out[rows], alone)

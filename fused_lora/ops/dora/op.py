@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fused_lora.ops import guard
 from fused_lora.ops.linear import eager
-from fused_lora.ops.linear.op import _rows, is_batched, is_direct
+from fused_lora.ops.linear.op import _rows, is_batched, is_direct, without_autocast
 from fused_lora.ops.masks import times_mask
 from fused_lora.reference import keep_scale
 
@@ -105,7 +105,10 @@ def _check(kernel: Callable, weight_dtype, A_dtype, B_dtype, device: torch.devic
 
 def scale_columns(y: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     """scale * y + bias, differentiable in all three. y: [..., N]; scale, bias: [N]; in the widest dtype."""
-    return y * scale if bias is None else torch.addcmul(bias, y, scale)
+    if bias is None:
+        return y * scale
+    with without_autocast(y):  # a GPU's takes no addcmul of bf16 beside fp16
+        return torch.addcmul(bias, y, scale)
 
 
 def dropped(x: Tensor, seed: Tensor, p: float) -> Tensor:

@@ -10,6 +10,7 @@ The maths and the mask are those of ``fused_lora.reference``.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -401,6 +402,11 @@ flops.register()
 def _autocasts(x: Tensor) -> bool:
     # torch refuses the question for devices that have none, as meta
     return x.is_cpu and torch.is_autocast_enabled("cpu") or x.is_cuda and torch.is_autocast_enabled("cuda")
+
+
+def without_autocast(x: Tensor) -> Any:
+    """A context without autocast on x's device; entering one of torch's takes as long as a small product."""
+    return torch.autocast(x.device.type, enabled=False) if _autocasts(x) else nullcontext()
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:

@@ -8,7 +8,6 @@ for a forward of few rows over 4 bits, which its kernel reads by tiles.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -16,7 +15,7 @@ from torch import Tensor
 from fused_lora.ops import guard
 from fused_lora.ops.checks import check_linear
 from fused_lora.ops.dequant import FourBit
-from fused_lora.ops.linear.op import _autocast_dtype, _autocasts, _direct, _of_autocast
+from fused_lora.ops.linear.op import _autocast_dtype, _direct, _of_autocast, without_autocast
 
 
 class Packed:
@@ -80,9 +79,7 @@ def lora_linear(
         inside = x.resolve_neg().to(autocast or weight.dtype)
         if autocast:
             lora_A, lora_B, rounded = _of_autocast(lora_A, lora_B, autocast)
-    # entering it takes as long as a small product
-    outside = torch.autocast(x.device.type, enabled=False) if _autocasts(x) else nullcontext()
-    with outside:
+    with without_autocast(x):
         return _direct(inside, weight, bias, lora_A, lora_B, scaling, dropout, None, rounded).to(x.dtype)
 
 

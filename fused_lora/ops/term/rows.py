@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_lora.ops.linear.op import _rows
+from fused_lora.ops.linear.op import _rows, without_autocast
 from fused_lora.ops.term.op import lora_term
 
 
@@ -44,7 +44,8 @@ def lora_term_on_rows(
 
 
 def _put(y: Tensor, rows: Tensor, new: Tensor) -> Tensor:
-    return y.index_copy(0, rows, new)
+    with without_autocast(y):  # a CPU's takes no index_copy of the other 16-bit dtype
+        return y.index_copy(0, rows, new)
 
 
 class _Put(torch.autograd.Function):
