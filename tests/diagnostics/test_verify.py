@@ -8,6 +8,7 @@ import peft
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 import fused_lora
@@ -700,3 +701,24 @@ def test_a_quantised_reference_is_refused_by_name(ids):
         ValueError, match="reference: .*q_proj.weight: a weight is torch.int8; expected a whole floating"
     ):
         verify(model, ids, reference=packed)
+
+
+@pytest.mark.parametrize("switch", ["none", "legacy", "new"])
+def test_tf32_is_seen_whichever_way_it_was_switched_on(switch):
+    """Of a GPU's tensors. Torch answers one question for both ways only where nobody has taken the new one."""
+    before, matmul = torch.get_float32_matmul_precision(), torch.backends.cuda.matmul
+    if switch == "new" and not hasattr(matmul, "fp32_precision"):
+        pytest.skip("torch before 2.9 has one way")
+    try:
+        if switch == "legacy":
+            torch.set_float32_matmul_precision("high")
+        elif switch == "new":
+            matmul.fp32_precision = "tf32"
+        with FakeTensorMode():
+            x = torch.empty(2, 2, device="cuda")
+            found = weights.Units.of(x, x, x, [x])
+    finally:
+        if switch == "new":
+            matmul.fp32_precision = "none"
+        torch.set_float32_matmul_precision(before)
+    assert found.operand == (0.0 if switch == "none" else 2.0**-11)

@@ -57,7 +57,7 @@ class Units:
         if torch.is_autocast_enabled(kind):
             operand = unit_of(torch.get_autocast_dtype(kind))
             widths.append(operand)
-        elif kind == "cuda" and weight.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+        elif kind == "cuda" and weight.dtype == torch.float32 and _is_tf32():
             operand = 2.0**-11
             widths.append(operand)
         result = max(unit_of(y.dtype), unit_of(x.dtype))
@@ -75,6 +75,14 @@ class Units:
     def form(self) -> float:
         """Roundoff with which a merge forms its delta: the adapters' own where that is coarser than fp32."""
         return max(self.adapter, self.accumulate)
+
+
+def _is_tf32() -> bool:
+    """Whether fp32 products on a GPU round their operands to TF32."""
+    matmul = torch.backends.cuda.matmul
+    if hasattr(matmul, "fp32_precision"):  # since torch 2.9, where the question below raises once this has been set
+        return matmul.fp32_precision == "tf32"
+    return torch.get_float32_matmul_precision() != "highest"
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None, adapters: Sequence[Adapter]) -> Tensor:
