@@ -99,7 +99,9 @@ def load_adapter(
     biases = other_biases(model, adapter.layers)
     values = {path: _cast(plan, plan.biases[path], t, biases[path].dtype) for path, t in adapter.biases.items()}
     beside = _beside(model, adapter, plan, autocast_adapter_dtype)
-    with changing(model), undone_on_error(model):
+    trained = adapter.config.bias != "none"
+    written = [p for key, p in model.named_parameters() if trained and key.endswith("bias")]
+    with changing(model), undone_on_error(model, written):
         attach(model, name, adapter.config, layers, beside)
         with torch.no_grad():
             for path, value in values.items():

@@ -35,7 +35,7 @@ from fused_lora.integrations.peft_linear import (
     why_around,
     why_not_fused,
 )
-from fused_lora.modules.changes import alone, unwatch, watch
+from fused_lora.modules.changes import alone, holders_of_methods, undone_on_error, unwatch, watch
 from fused_lora.modules.fusable import why_not_here
 from fused_lora.modules.inject import check_module
 from fused_lora.modules.layer import LoraLayer
@@ -91,14 +91,15 @@ def accelerate(model: nn.Module) -> nn.Module:
         )
     module: Any
     called = [model]
-    for module in layers.values():
-        _adopt(module)
-    for module in model.modules():
-        if _is_tuner(module):
-            called += [module, module.model]  # generate calls the latter
-        if _builds_lora_layers(module):
-            setattr(module, _create, _create_accelerated)
-    _follow("accelerate", layers, *called)
+    with undone_on_error(model):
+        for module in layers.values():
+            _adopt(module)
+        for module in model.modules():
+            if _is_tuner(module):
+                called += [module, module.model]  # generate calls the latter
+            if _builds_lora_layers(module):
+                setattr(module, _create, _create_accelerated)
+        _follow("accelerate", layers, *called)
     rows = layer_report(model)
     if all(row.why_not for row in rows):
         warnings.warn(f"accelerate: {summary(rows)}", stacklevel=3)
@@ -123,13 +124,14 @@ def restore(model: nn.Module) -> nn.Module:
     changed = [path for path, module in layers if type(module) not in ours]
     if changed:
         raise RuntimeError(f"model: the classes of {changed} were changed after accelerate; undo that first")
-    for _, module in layers:
-        _release(module)
-    for module in model.modules():
-        unwatch(module)
-        FirstForward.leave(module)
-        if vars(module).get(_create) is _create_accelerated:
-            delattr(module, _create)
+    with undone_on_error(model):
+        for _, module in layers:
+            _release(module)
+        for module in model.modules():
+            unwatch(module)
+            FirstForward.leave(module)
+            if vars(module).get(_create) is _create_accelerated:
+                delattr(module, _create)
     return model
 
 
@@ -388,7 +390,7 @@ def _release(module: nn.Module) -> None:
 def _change_class(module: Any, old: type[nn.Module], new: type[nn.Module]) -> None:
     module.__class__ = new
     # hooks and patches keep bound methods of the class that the module had when they were made
-    for holder in (module, *getattr(vars(module).get("_diffusers_hook"), "_fn_refs", ())):
+    for holder in holders_of_methods(module):
         for name, kept in list(vars(holder).items()):
             if isinstance(kept, types.MethodType) and kept.__self__ is module:
                 method = kept.__name__

@@ -18,13 +18,13 @@ import sys
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fused_lora.ops import native
 
@@ -142,30 +142,39 @@ def changing(module: nn.Module, forwards: bool = True) -> Iterator[None]:
 
 
 @contextmanager
-def undone_on_error(model: nn.Module) -> Iterator[None]:
+def undone_on_error(model: nn.Module, values: Iterable[Tensor] = ()) -> Iterator[None]:
     """If the body raises, all modules of ``model`` have their classes, children, hooks and other attributes again, and
-    the parameters their ``requires_grad``. Nobody's code is called for that. Values of tensors are not kept."""
+    the parameters their ``requires_grad``. Nobody's code is called for that. Of tensors only ``values`` are kept."""
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    kept = [(tensor, tensor.detach().clone()) for tensor in values]
     before = []
-    for module in model.modules():
-        attributes = dict(vars(module))
-        contents = [(held, held.copy()) for held in attributes.values() if type(held) in (dict, OrderedDict, list)]
-        before.append((module, type(module), attributes, contents))
+    for holder in (holder for module in model.modules() for holder in holders_of_methods(module)):
+        attributes = dict(vars(holder))
+        contents = [(held, held.copy()) for held in attributes.values() if type(held) in (dict, OrderedDict, list, set)]
+        before.append((holder, type(holder), attributes, contents))
     try:
         yield
     except BaseException:
-        for module, kind, attributes, contents in before:
-            if type(module) is not kind:
-                object.__setattr__(module, "__class__", kind)
+        for holder, kind, attributes, contents in before:
+            if type(holder) is not kind:
+                object.__setattr__(holder, "__class__", kind)
             for held, content in contents:
                 held.clear()
                 (held.extend if isinstance(held, list) else held.update)(content)
-            vars(module).clear()
-            vars(module).update(attributes)
+            vars(holder).clear()
+            vars(holder).update(attributes)
         for parameter, flag in flags:
             if parameter.requires_grad is not flag:
                 parameter.requires_grad_(flag)
+        with torch.no_grad():
+            for tensor, value in kept:
+                tensor.copy_(value)
         raise
+
+
+def holders_of_methods(module: nn.Module) -> tuple[Any, ...]:
+    """The module, and what else keeps bound methods of it: hooks of diffusers."""
+    return module, *getattr(vars(module).get("_diffusers_hook"), "_fn_refs", ())
 
 
 def alone(function: Callable[P, R]) -> Callable[P, R]:

@@ -35,7 +35,7 @@ from fused_lora.modules.experts import (
     with_parameters,
 )
 from fused_lora.modules.layer import LoraLayer, deleted_active
-from fused_lora.modules.linear import LoraLinear, unmerge_all
+from fused_lora.modules.linear import LoraLinear, go_back, snapshot, unmerge_all
 from fused_lora.modules.mixed import Context, MixedBatch, check_eval
 from fused_lora.modules.mixin import BASE
 from fused_lora.modules.names import some
@@ -313,9 +313,15 @@ def set_adapter(model: nn.Module, adapter_names: str | Sequence[str], inference_
             raise ValueError(f"Only one adapter can be set at a time for {path!r}, got {wrapper._present(names)}")
     if any(layer.merged for layer in layers.values()):
         warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=4)
-    unmerge_all(layers)
-    for layer in {**layers, **wrappers}.values():
-        layer.set_adapter(names, inference_mode)
+    before = snapshot(layers.values())
+    try:
+        unmerge_all(layers)
+        with undone_on_error(model):
+            for layer in {**layers, **wrappers}.values():
+                layer.set_adapter(names, inference_mode)
+    except BaseException:  # an interrupt
+        go_back(before)
+        raise
 
 
 @alone

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ParamSpec, TypeVar
@@ -122,15 +123,27 @@ def set_adapter(wrapper: Any, adapter_names: str | Sequence[str], inference_mode
     """set_adapter; of the tuner for several names, which a PeftModel does not take."""
     names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
     frozen = {"inference_mode": True} if inference_mode else {}  # which PEFT before 0.19 does not take
-    if len(names) == 1:
-        wrapper.set_adapter(names[0], **frozen)
-    else:
-        getattr(wrapper, "base_model", wrapper).set_adapter(names, **frozen)
+    merged = [m for m in wrapper.modules() if getattr(m, "merged_adapters", None)]
+    before = snapshot(module for module in merged if isinstance(module, FusedLoraBehaviour))
+    try:
+        if merged and all(name in wrapper.peft_config for name in names):  # PEFT would unmerge inside
+            warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=5)
+            for module in merged:
+                module.unmerge()
+        with undone_on_error(wrapper):
+            if len(names) == 1:
+                wrapper.set_adapter(names[0], **frozen)
+            else:
+                getattr(wrapper, "base_model", wrapper).set_adapter(names, **frozen)
+    except BaseException:
+        go_back(before)
+        raise
 
 
 def delete_adapter(wrapper: Any, adapter_name: str) -> None:
     """delete_adapter."""
-    wrapper.delete_adapter(adapter_name)
+    with undone_on_error(wrapper):
+        wrapper.delete_adapter(adapter_name)
 
 
 @contextmanager

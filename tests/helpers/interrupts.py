@@ -14,22 +14,24 @@ import fused_lora
 PACKAGE = str(Path(fused_lora.__file__).parent)
 
 
-def everywhere(begin: Callable[[], Any], act: Callable[[], Any]) -> Iterator[str]:
-    """Run ``act`` stopped at the first such place in the package, then at the second, and so on to the last.
+def everywhere(
+    begin: Callable[[], Any], act: Callable[[], Any], package: str = PACKAGE, step: int = 1
+) -> Iterator[str]:
+    """Run ``act`` stopped at the first such place in the package, then at each ``step``-th one after it.
 
     Signals are handled where a function begins, behind a call of C and one with stars, and where a loop goes round, but
     not behind another call of Python. Yields the place each time. ``begin`` runs ahead of each.
     """
-    stop, place = 0, "the first"
+    stop, place = 1, "the first"
     while place:
-        stop += 1
         begin()
-        place = _stopped(act, stop)
+        place = _stopped(act, stop, package)
+        stop += step
         if place:
             yield place
 
 
-def _stopped(act: Callable[[], Any], stop: int) -> str:
+def _stopped(act: Callable[[], Any], stop: int, package: str) -> str:
     """Where ``act`` was stopped, at the ``stop``-th place; "" if it was not."""
     places: list[str] = []
     before: dict[FrameType | None, str] = {}  # the last instruction, where signals are handled behind it
@@ -44,7 +46,7 @@ def _stopped(act: Callable[[], Any], stop: int) -> str:
             if before.get(frame.f_back) != "CALL_FUNCTION_EX":
                 before.pop(frame.f_back, None)
             # Python drops what is raised where it closes an expression's generator
-            if not frame.f_code.co_filename.startswith(PACKAGE) or frame.f_code.co_name == "<genexpr>":
+            if not frame.f_code.co_filename.startswith(package) or frame.f_code.co_name == "<genexpr>":
                 return None
             frame.f_trace_opcodes = True
             reached(frame)

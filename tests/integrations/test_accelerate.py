@@ -9,6 +9,7 @@ import subprocess
 import sys
 import warnings
 from collections import Counter
+from pathlib import Path
 
 import peft
 import pytest
@@ -25,6 +26,7 @@ from fused_lora.testing.numeric import assert_close
 from helpers.accelerated import ALL, Net, SideBySide, wrap
 from helpers.hooks import hooks
 from helpers.seeds import shifted
+from helpers.unchanged import check_interrupts
 from helpers.versions import since
 from helpers.waiting import HANG
 
@@ -628,3 +630,29 @@ def test_what_wraps_the_magnitude_of_dora_is_named():
     held["default"] = Wraps(held["default"])
     assert "no: the magnitude of DoRA is inside a Wraps, which must see its call" in str(fused_lora.explain(model))
     assert model(torch.randn(2, 8)).shape == (2, 8)
+
+
+def two_layers(accelerated=True, merged=False):
+    net = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2), nn.Linear(2, 2))
+    config = peft.LoraConfig(r=2, target_modules=["0", "1"], modules_to_save=["2"], init_lora_weights=False)
+    net = peft.get_peft_model(net, config)
+    net.add_adapter("b", config)
+    if accelerated:
+        fused_lora.accelerate(net)
+    if merged:
+        fused_lora.merge(net)
+    return net
+
+
+def test_an_interrupt_leaves_a_model_accelerated_or_not():
+    check_interrupts(lambda: two_layers(accelerated=False), fused_lora.accelerate, step=29)
+    check_interrupts(two_layers, fused_lora.restore, step=29)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_an_interrupt_in_peft_leaves_one_adapter_active(merged):
+    package = str(Path(peft.__file__).parent)
+    with warnings.catch_warnings(action="ignore"):
+        check_interrupts(lambda: two_layers(merged=merged), lambda net: fused_lora.set_adapter(net, "b"), package)
+        if not merged:
+            check_interrupts(two_layers, lambda net: fused_lora.delete_adapter(net, "default"), package)

@@ -24,6 +24,7 @@ from helpers import training
 from helpers.interrupts import everywhere
 from helpers.seeds import shifted
 from helpers.twins import randomize_adapters, twin_models
+from helpers.unchanged import check_interrupts, state
 from helpers.waiting import HANG
 
 VOCABULARY = training.VOCABULARY
@@ -428,6 +429,36 @@ def test_an_interrupt_leaves_a_context_behind(which):
         places += 1
     assert places > 50
     assert_unchanged(net, before)
+
+
+def two_layers(merged):
+    net = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)).eval()
+    for name in "ab":
+        fused_lora.inject(net, LoraConfig(r=2, target_modules=["0", "1"], init_lora_weights=False), name)
+    if merged:
+        fused_lora.merge(net)
+    return net
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_an_interrupt_leaves_set_adapter_undone_or_done(merged):
+    with warnings.catch_warnings(action="ignore"):
+        check_interrupts(lambda: two_layers(merged), lambda net: fused_lora.set_adapter(net, "b"), step=11)
+
+
+def test_an_interrupted_load_leaves_the_biases_of_the_base(tmp_path):
+    class Stopped(nn.Sequential):
+        def eval(self):  # what a load does last
+            raise KeyboardInterrupt
+
+    trained = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    fused_lora.inject(trained, LoraConfig(r=2, target_modules=["0"], bias="all"))
+    fused_lora.save_adapter(trained, tmp_path)
+    net = Stopped(nn.Linear(4, 3), nn.Linear(3, 2))
+    before = state(net)
+    with pytest.raises(KeyboardInterrupt):
+        fused_lora.load_adapter(net, tmp_path)
+    assert state(net) == before
 
 
 def test_disable_adapters_unmerges():
