@@ -189,14 +189,22 @@ class AdapterStore(Registry):
         with self._lock:
             if self._open_batches or self._residency.busy:
                 raise RuntimeError("detach: the store is in use; end the batches and release the leases first")
-            self._attachment.remove()
-            self._detached = self._residency.closed = True
-            for version in self._versions.values():
-                self._residency.retire(version)
-            self._versions.clear()
-            self._prepared.clear()
-            self._transfer.close()
-            self._residency.arena.clear()
+            try:
+                self._end()
+            except BaseException:  # an interrupt
+                self._end()
+                raise
+
+    def _end(self) -> None:
+        """Does nothing the second time."""
+        self._detached = self._residency.closed = True
+        self._attachment.remove()
+        for version in self._versions.values():
+            self._residency.retire(version)
+        self._versions.clear()
+        self._prepared.clear()
+        self._transfer.close()
+        self._residency.arena.clear()
 
     @contextmanager
     def _open(

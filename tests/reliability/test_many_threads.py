@@ -150,7 +150,7 @@ def test_store(tmp_path, count):
     stats = trial.store.stats()
     assert stats["bytes_used"] == stats["host_bytes_used"] == stats["resident"] == stats["adapters"] == 0
     arena = trial.store._residency.arena
-    assert arena._free == [[(0, len(chunk))] for chunk in arena._chunks] and max(map(len, arena._chunks)) == 4096
+    assert not trial.store._residency._placed and max(map(len, arena._chunks)) == 4096
     trial.store.detach()
 
 

@@ -43,7 +43,11 @@ class Lease:
 
     def release(self) -> None:
         """End the hold. A second call does nothing."""
-        self._residency.release(self._holds)
+        try:
+            self._residency.release(self._holds)
+        except BaseException:  # an interrupt
+            self._residency.release(self._holds)
+            raise
 
     def __enter__(self) -> Lease:
         return self

@@ -67,7 +67,7 @@ class Registry:
         self._process = 0  # that has made it
         self._hits = self._misses = 0
         self._detached = False
-        self._residency = Residency(transfer, capacity, grow, host_capacity, slots, self._pinned.__contains__)
+        self._residency = Residency(transfer, capacity, grow, host_capacity, slots, lambda name: name in self._pinned)
         self._lock = self._residency.changed
         self._attachment: Any = None  # says which layers an adapter would not reach
 
@@ -123,7 +123,7 @@ class Registry:
             refused = self._refused(version)
             if refused is not None:
                 raise refused
-            if version.block is None or version.moving or version.quarantined:
+            if version.block is None or version.moving is not None or version.quarantined:
                 return None
             return self.lease(name)
 
@@ -207,14 +207,14 @@ class Registry:
     def unload(self, name: str) -> None:
         """Remove an adapter. Its memory is freed when no batch uses it any more. Raises AdapterNotFound."""
         with self._lock:
-            version = self._find(name)
-            del self._versions[name]
-            self._unloaded[name] = version.number
+            version, pinned = self._find(name), self._pinned - {name}
+            self._unloaded[name], self._pinned, version.retired = version.number, pinned, True
+            del self._versions[name]  # Python handles no signal between these
+            self._residency.retire(version)
             if len(self._unloaded) > _REMEMBERED:
                 oldest = next(iter(self._unloaded))
-                self._forgotten = max(self._forgotten, self._unloaded.pop(oldest))
-            self._pinned.discard(name)
-            self._residency.retire(version)
+                self._forgotten = max(self._forgotten, self._unloaded[oldest])
+                del self._unloaded[oldest]
 
     def pin(self, name: str) -> None:
         """Keep ``name`` on the device, also after further loads, until :meth:`unpin` or :meth:`unload`.
@@ -222,9 +222,17 @@ class Registry:
         Raises:
             AdapterNotFound, StoreFull, AdapterError: as for a batch that uses it.
         """
-        with self.lease(name), self._lock:
-            self._find(name)
-            self._pinned.add(name)
+        lease = self.lease(name)
+        try:
+            with self._lock:
+                self._find(name)
+                self._pinned.add(name)
+        finally:
+            try:
+                lease.release()
+            except BaseException:  # an interrupt
+                lease.release()
+                raise
 
     def unpin(self, name: str) -> None:
         """Allow ``name`` to be evicted again. Raises AdapterNotFound."""
@@ -291,7 +299,7 @@ class Registry:
                 "misses": self._misses,
                 "loads": place.loads,
                 "evictions": place.evictions,
-                "bytes_used": place.arena.used,
+                "bytes_used": place.used,
                 "bytes_reserved": place.arena.reserved,
                 "capacity": place.arena.capacity,
                 "host_bytes_used": place.host_used,
@@ -423,9 +431,10 @@ class Registry:
                 return version
             old = self._versions.get(name)
             version.number = self._last_number(name) + 1
+            if old is not None:
+                old.retired = True
+            self._versions[name], version.retired = version, False  # Python handles no signal between these
             self._unloaded.pop(name, None)
-            self._versions[name] = version
-            version.retired = False
             if old is not None:
                 self._residency.retire(old)
             return version

@@ -11,6 +11,7 @@ import itertools
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,6 +42,7 @@ class Version:
 
     folder: where its files are, or None. held: how many batches use it. retired: its name has a newer version or was
     unloaded. refusal: why it is not served, or None. inside: the folder that its files must be in, or None.
+    moving: who brings it now. leaving: block, slot and last uses, of which the transfer has not been told yet.
     allow_partial: whether its files may hold more than the model takes. trained_on: the base that its config names.
     invocation: the tokens that an aLoRA begins at.
     """
@@ -56,7 +58,8 @@ class Version:
     held: int = 0
     used: int = 0
     retired: bool = False
-    moving: bool = False
+    moving: object | None = None
+    leaving: tuple[Block, int, list[Any]] | None = None
     files: Signature | None = None
     factors: dict[int, tuple[Tensor, Tensor, float]] = field(default_factory=dict)
     arrival: Arrival | None = None
@@ -100,12 +103,13 @@ class Residency:
         self.transfer, self.host_capacity = transfer, host_capacity
         self.changed = threading.Condition(threading.RLock())
         self.arena = Arena(transfer.device, capacity, grow)
-        self.host_used = self.loads = self.evictions = self._moving = 0
-        self.resident: set[Version] = set()
+        self.loads = self.evictions = 0
         self.closed = False  # nothing is brought any more
+        # those that say of themselves that they have room, and perhaps more: what is taken is counted from them, so an
+        # interrupt loses none
+        self._placed: set[Version] = set()
         self._on_host: set[Version] = set()
-        self._is_pinned = is_pinned
-        self._slots = list(range(slots - 1, -1, -1))
+        self._is_pinned, self._slots = is_pinned, slots
         self._clock = itertools.count(1)
 
     def bring(self, version: Version, read: Callable[[], Packed]) -> bool:
@@ -116,61 +120,86 @@ class Residency:
         Raises:
             StoreFull: no room beside what is pinned or held. RuntimeError: the store has been detached meanwhile.
         """
-        with self.changed:
-            self.changed.wait_for(lambda: not version.moving)
-            if self.closed:
-                raise RuntimeError("the store has been detached from its model")
-            version.used = next(self._clock)
-            if version.block is not None:
-                return True
-            if version.nbytes and (version.folder is None or signature(version.folder) == version.files):
-                self._victims(version)  # its size is known: nothing is read that will find no room
-            version.moving = True
-            self._moving += 1
+        me, ready = object(), False
         try:
+            with self.changed:
+                self.changed.wait_for(lambda: version.moving is None)
+                if self.closed:
+                    raise RuntimeError("the store has been detached from its model")
+                version.used = next(self._clock)
+                if version.block is not None:
+                    return True
+                if version.nbytes and (version.folder is None or signature(version.folder) == version.files):
+                    self._victims(version)  # its size is known: nothing is read that will find no room
+                self._placed.add(version)
+                version.moving = me
             packed = None if version.host is not None else read()
-            self._place(version, packed)
+            staged = self._place(version, packed)
+            ready = True
+            with self.changed:
+                kept = staged if self.transfer.pinned else None
+                if version.host is None and kept is not None and self._host_room(version.nbytes):
+                    self._keep_on_host(version, kept)
+                elif version.host is not None and kept is None:
+                    self._drop_host(version)  # on a CPU the arena's copy is as good
             return False
         finally:
-            with self.changed:
-                version.moving = False
-                self._moving -= 1
-                self.changed.notify_all()
+            try:
+                self._settle(version, me, ready)
+            except BaseException:  # an interrupt
+                self._settle(version, me, ready)
+                raise
 
-    def _place(self, version: Version, packed: Packed | None) -> None:
+    def _settle(self, version: Version, me: object, ready: bool) -> None:
+        """After a move by ``me``, ready or not. Does nothing the second time."""
+        with self.changed:
+            if version.moving is me:
+                if not ready:
+                    self._leave_device(version)
+                self.changed.notify_all()
+                version.moving = None
+
+    def _place(self, version: Version, packed: Packed | None) -> Tensor | None:
+        """Returns its bytes in host memory, if they were there on the way."""
         if packed is not None:
             version.parts, version.nbytes, version.invocation = packed.parts, packed.nbytes, packed.invocation
         if self.transfer.tables is not None:
             self.transfer.tables.check(version.parts)
-        host = version.host
-        staged = host if packed is None else self.transfer.stage(packed)
+        staged = version.host if packed is None else self.transfer.stage(packed)
         with self.changed:
-            block, slot = self._make_room(version)
-        try:
-            arrival = self.transfer.send(version.parts, packed, staged, block, slot)
-            factors = self.transfer.factors(version.parts, block)
-            with self.changed:
-                used = next(self._clock)
-                version.block, version.slot, version.arrival = block, slot, arrival
-                version.factors, version.used = factors, used
-                self.resident.add(version)
-                self.loads += 1
-        except BaseException:
-            with self.changed:
-                if version.block is None:
-                    self._give_back(block, slot)
-            raise
+            self._make_room(version)
+        block: Any = version.block
+        arrival = self.transfer.send(version.parts, packed, staged, block, version.slot)
+        factors = self.transfer.factors(version.parts, block)
         with self.changed:
-            kept = staged if self.transfer.pinned else None
-            if version.host is None and kept is not None and self._host_room(version.nbytes):
-                self._keep_on_host(version, kept)
-            elif version.host is not None and kept is None:
-                self._drop_host(version)  # on a CPU the arena's copy is as good
+            version.arrival, version.factors, version.used = arrival, factors, next(self._clock)
+            self.loads += 1
+        return staged
+
+    @property
+    def resident(self) -> list[Version]:
+        """The versions that are on the device."""
+        return [v for v in self._placed if v.block is not None and v.moving is None]
+
+    @property
+    def used(self) -> int:
+        """Bytes of the arena in blocks."""
+        return sum(block.size for block, _ in self._taken())
+
+    @property
+    def host_used(self) -> int:
+        """Bytes in host memory."""
+        return sum(v.nbytes for v in self._on_host if v.host is not None)
 
     @property
     def busy(self) -> bool:
         """Whether a version is held or being moved."""
-        return self._moving > 0 or any(version.held for version in self.resident)
+        return any(v.held or v.moving is not None for v in self._placed)
+
+    def _taken(self) -> list[tuple[Block, int]]:
+        """Blocks and slots that may not be given to another."""
+        here = [(v.block, v.slot) for v in self._placed if v.block is not None]
+        return here + [v.leaving[:2] for v in self._placed if v.leaving is not None]
 
     def retire(self, version: Version) -> None:
         """Mark a version as replaced or unloaded. It is freed as soon as nothing holds it."""
@@ -193,31 +222,42 @@ class Residency:
                 version = holds[-1]
                 if mark is not None:
                     version.uses[mark[0]] = mark[1]  # the last batch on each stream
+                if version.held == 1:
+                    self._collect(version, 1)
                 version.held -= 1
                 del holds[-1]  # as in hold
-                self._collect(version)
 
-    def _collect(self, version: Version) -> None:
-        if version.retired and not version.held and not version.moving:
+    def _collect(self, version: Version, held: int = 0) -> None:
+        """Free it if it has no name, and nobody but the caller, with ``held``, holds it."""
+        if version.retired and version.held == held and version.moving is None:
             self._leave_device(version)
             self._drop_host(version)
 
-    def _make_room(self, version: Version) -> tuple[Block, int]:
+    def _make_room(self, version: Version) -> None:
         """A block and a slot, after evicting the least recently used versions if necessary."""
+        for other in list(self._placed):  # what an interrupt has left
+            if other.leaving is not None:
+                self._leave_device(other)
+            self._collect(other)
+        self._placed = {v for v in self._placed if v.block is not None or v.moving is not None}
         victims = self._victims(version)
         for victim in [*victims, None]:
-            block = self.arena.allocate(version.nbytes) if self._slots else None
+            taken = self._taken()
+            slots = {slot for _, slot in taken}
+            block = self.arena.allocate(version.nbytes, [b for b, _ in taken]) if len(slots) < self._slots else None
             if block is not None:
-                return block, self._slots.pop()
+                version.block, version.slot = block, next(slot for slot in itertools.count() if slot not in slots)
+                return
             if victim is not None:
                 self._evict(victim)
-        raise self._full(version, [v.name for v in victims if v in self.resident])
+        resident = self.resident
+        raise self._full(version, [v.name for v in victims if v in resident])
 
     def clear(self, wanted: Sequence[Version]) -> bool:
         """Evict all that may leave the device, if these versions then have room beside the others. With the lock."""
         leave = [v for v in self.resident if self._may_leave(v)]
-        free, stay = self.arena.free_bytes, self.resident.difference(leave)
-        room = None if free is None else free + sum(v.block.size for v in leave)
+        free, stay = self._free_bytes(), set(self.resident).difference(leave)
+        room = None if free is None else free + sum(v.block.size for v in leave if v.block is not None)
         if room is None or sum(v.nbytes for v in wanted if v not in stay) > room:
             return False
         for version in leave:
@@ -232,25 +272,29 @@ class Residency:
     def _victims(self, version: Version) -> list[Version]:
         """The versions that may be evicted for this one, least recently used first. Raises StoreFull."""
         victims = sorted((v for v in self.resident if self._may_leave(v)), key=lambda v: v.used)
-        free = self.arena.free_bytes
-        room = free is None or version.nbytes <= free + sum(v.block.size for v in victims)
+        free = self._free_bytes()
+        room = free is None or version.nbytes <= free + sum(v.block.size for v in victims if v.block is not None)
         if not (room and self.arena.fits(version.nbytes)):
             raise self._full(version)
         return victims
 
+    def _free_bytes(self) -> int | None:
+        """What is left of the arena's capacity; None without a limit."""
+        return None if self.arena.capacity is None else self.arena.capacity - self.used
+
     def _full(self, version: Version, stuck: Sequence[str] = ()) -> StoreFull:
         """stuck: names of versions that have no files, and found no room in host memory."""
         stay = sorted({v.name for v in self.resident if not self._may_leave(v)})
-        others = any(v.held for v in self.resident) or self._moving > version.moving
+        others = any(v.held or v.moving is not None for v in self._placed if v is not version)
         return StoreFull(
-            f"adapter {version.name!r} needs {version.nbytes} bytes in one piece; {self.arena.used} of "
+            f"adapter {version.name!r} needs {version.nbytes} bytes in one piece; {self.used} of "
             f"{self.arena.capacity} are taken, pinned or in use: [{some(stay)}]"
             + (f"; from tensors, with no room in host memory (host_bytes): [{some(stuck)}]" if stuck else ""),
             in_use=others and self.arena.fits(version.nbytes),
         )
 
     def _may_leave(self, version: Version) -> bool:
-        return not (version.held or version.moving or self._is_pinned(version.name))
+        return not (version.held or version.moving is not None or self._is_pinned(version.name))
 
     def _save(self, version: Version) -> bool:
         """Whether the version may leave the device: it has files, or there was room to copy it to the host."""
@@ -263,39 +307,38 @@ class Residency:
 
     def _leave_device(self, version: Version) -> None:
         if version.block is not None:
-            block, slot, uses = version.block, version.slot, version.uses
-            self.resident.discard(version)
-            version.block, version.slot, version.factors, version.arrival, version.uses = None, -1, {}, None, {}
-            self.transfer.vacate(slot, uses.values())
-            self._give_back(block, slot)  # last: who has the block next must not share it
-
-    def _give_back(self, block: Block, slot: int) -> None:
-        self.arena.free(block)
-        self._slots.append(slot)
+            version.leaving, version.block, version.slot, version.factors, version.arrival, version.uses = (
+                (version.block, version.slot, [*version.uses.values()]), None, -1, {}, None, {}
+            )  # fmt: skip
+        if version.leaving is not None:
+            _, slot, uses = version.leaving
+            self.transfer.vacate(slot, uses)
+            version.leaving = None  # last: who has the block next must not share it
+        if version.moving is None:
+            self._placed.discard(version)
 
     def _host_room(self, nbytes: int) -> bool:
         """Whether ``nbytes`` fit on the host, after dropping copies of what is on the device or in files."""
         if self.host_capacity is None:
             return True
         spare = sorted((v for v in self._on_host if self._is_copy(v)), key=lambda v: v.used)
-        if nbytes > self.host_capacity - self.host_used + sum(v.nbytes for v in spare):
+        missing = self.host_used + nbytes - self.host_capacity
+        if missing > sum(v.nbytes for v in spare):
             return False
         for version in spare:
-            if self.host_used + nbytes <= self.host_capacity:
+            if missing <= 0:
                 break
+            missing -= version.nbytes
             self._drop_host(version)
         return True
 
     def _is_copy(self, version: Version) -> bool:
-        return not version.moving and (version.folder is not None or version.block is not None)
+        return version.moving is None and (version.folder is not None or version.block is not None)
 
     def _keep_on_host(self, version: Version, memory: Tensor) -> None:
-        version.host = memory
         self._on_host.add(version)
-        self.host_used += version.nbytes
+        version.host = memory
 
     def _drop_host(self, version: Version) -> None:
-        if version.host is not None:
-            version.host = None
-            self._on_host.discard(version)
-            self.host_used -= version.nbytes
+        version.host = None
+        self._on_host.discard(version)
