@@ -110,10 +110,13 @@ def write_adapter(
         kinds = DTYPES if key.endswith((*SLOTS, TOKENS_END)) else KNOWN
         if tensor.dtype not in kinds.values():
             raise ValueError(f"{what} must have a dtype of {', '.join(kinds)}, got {tensor.dtype}")
-        if tensor.is_meta or not torch.isfinite(tensor).all():
+        if tensor.is_meta:
             raise ValueError(
-                f"{what} must hold finite values, got {'no data (meta)' if tensor.is_meta else 'NaN or Inf'}"
+                f"{what} must hold finite values, got no data (meta device): if its layer is offloaded, bring it back "
+                "first; for hooks of accelerate, accelerate.hooks.remove_hook_from_submodules(model)"
             )
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{what} must hold finite values, got NaN or Inf")
     if base_model_name_or_path is not None:
         entries["base_model_name_or_path"] = base_model_name_or_path
     text = config_text(entries)

@@ -212,6 +212,26 @@ def test_values_are_not_put_on_the_meta_device(tmp_path):
     fused_lora.inject(model, LoraConfig(r=2, target_modules=["q_proj"]))  # a plan of a model, without numbers
 
 
+def test_what_was_offloaded_later_says_how_to_bring_it_back(tmp_path):
+    """Neither a merged weight nor an adapter can be read then."""
+    model = peft.get_peft_model(
+        training.tiny_llama().eval(), peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    )
+    fused_lora.merge(fused_lora.accelerate(model))
+    wanted = fused_lora.delta_fidelity(model)
+    accelerate.cpu_offload(model, execution_device="cpu")
+    with pytest.raises(RuntimeError, match="offloaded after the merge.*remove_hook_from_submodules"):
+        fused_lora.delta_fidelity(model)
+    accelerate.hooks.remove_hook_from_submodules(model)
+    assert fused_lora.delta_fidelity(model) == wanted
+    ours = adapted()
+    accelerate.cpu_offload(ours, execution_device="cpu")
+    with pytest.raises(ValueError, match="is offloaded, bring it back.*remove_hook_from_submodules"):
+        fused_lora.save_adapter(ours, tmp_path)
+    accelerate.hooks.remove_hook_from_submodules(ours)
+    fused_lora.save_adapter(ours, tmp_path)
+
+
 def test_the_execution_device():
     layer = nn.Linear(2, 2)
     assert execution_device(layer).type == "cpu"

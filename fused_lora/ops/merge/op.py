@@ -242,6 +242,11 @@ def _merged(weight: torch.Tensor, record: MergeRecord) -> torch.Tensor:
     W = W.t() if record.transposed else W
     place = ((len(factors.left), factors.right.shape[1]), record.dtype, factors.left.device)
     if (tuple(W.shape), W.dtype, W.device) != place:
+        if W.is_meta:
+            raise RuntimeError(
+                "weight: expected the merged one, got no data (meta device): its layer was offloaded after the merge. "
+                "Bring it back first; for hooks of accelerate, accelerate.hooks.remove_hook_from_submodules(model)"
+            )
         raise RuntimeError(
             f"weight: expected shape, dtype and device as at merge, {place}, got {(tuple(W.shape), W.dtype, W.device)}"
         )
