@@ -9,6 +9,7 @@ import io
 import json
 import os
 import pickle
+import signal
 import threading
 import tracemalloc
 import weakref
@@ -754,6 +755,32 @@ def test_an_interrupted_detach_has_detached_or_not(model):
         assert store.stats()["bytes_reserved"] == 0, place
         assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()), place
     AdapterStore(model).detach()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+def test_a_forked_child_waits_for_no_thread_of_its_parent(model, tmp_path, monkeypatch):
+    store, begun, go_on, parent = AdapterStore(model), threading.Event(), threading.Event(), os.getpid()
+    store.register("a", folder(tmp_path / "a", 4, 0))
+    stage = store._transfer.stage
+
+    def slow(packed):
+        if os.getpid() == parent:
+            begun.set()
+            assert go_on.wait(HANG)
+        return stage(packed)
+
+    monkeypatch.setattr(store._transfer, "stage", slow)
+    future = store.lease_async("a")
+    assert begun.wait(HANG)
+    child = os.fork()
+    if not child:
+        signal.alarm(int(HANG))
+        with store.lease("a"):
+            os._exit(0)
+    go_on.set()
+    assert os.waitpid(child, 0)[1] == 0
+    future.result(HANG).release()
+    store.detach()
 
 
 def test_detach_leaves_the_model_as_it_was(model):

@@ -7,11 +7,14 @@ all state. Files are read and bytes are copied outside it.
 
 from __future__ import annotations
 
+import functools
 import itertools
+import os
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -41,8 +44,8 @@ class Version:
     """One load of one adapter: what it is, where it is and who uses it.
 
     folder: where its files are, or None. held: how many batches use it. retired: its name has a newer version or was
-    unloaded. refusal: why it is not served, or None. inside: the folder that its files must be in, or None.
-    moving: who brings it now. leaving: block, slot and last uses, of which the transfer has not been told yet.
+    unloaded. refusal: why it is not served, or None. inside: the folder that its files must be in, or None. moving:
+    the thread that brings it now. leaving: block, slot and last uses, of which the transfer has not been told yet.
     allow_partial: whether its files may hold more than the model takes. trained_on: the base that its config names.
     invocation: the tokens that an aLoRA begins at.
     """
@@ -58,7 +61,7 @@ class Version:
     held: int = 0
     used: int = 0
     retired: bool = False
-    moving: object | None = None
+    moving: int | None = None
     leaving: tuple[Block, int, list[Any]] | None = None
     files: Signature | None = None
     factors: dict[int, tuple[Tensor, Tensor, float]] = field(default_factory=dict)
@@ -111,6 +114,7 @@ class Residency:
         self._on_host: set[Version] = set()
         self._is_pinned, self._slots = is_pinned, slots
         self._clock = itertools.count(1)
+        _all.add(self)
 
     def bring(self, version: Version, read: Callable[[], Packed]) -> bool:
         """Put a version that the caller holds on the device. Returns whether it was there already.
@@ -120,7 +124,7 @@ class Residency:
         Raises:
             StoreFull: no room beside what is pinned or held. RuntimeError: the store has been detached meanwhile.
         """
-        me, ready = object(), False
+        me, ready = threading.get_ident(), False
         try:
             with self.changed:
                 self.changed.wait_for(lambda: version.moving is None)
@@ -150,7 +154,7 @@ class Residency:
                 self._settle(version, me, ready)
                 raise
 
-    def _settle(self, version: Version, me: object, ready: bool) -> None:
+    def _settle(self, version: Version, me: int, ready: bool) -> None:
         """After a move by ``me``, ready or not. Does nothing the second time."""
         with self.changed:
             if version.moving is me:
@@ -342,3 +346,38 @@ class Residency:
     def _drop_host(self, version: Version) -> None:
         version.host = None
         self._on_host.discard(version)
+
+    def end_other_moves(self) -> None:
+        """In a forked child, which has none of the other threads, so that nobody waits for them."""
+        for version in self._placed:
+            if version.moving not in (None, threading.get_ident()):
+                self._leave_device(version)
+                version.moving = None
+
+
+_all: WeakSet[Residency] = WeakSet()
+_held: list[Residency] = []  # while a fork goes on: no other thread is in the middle of a change
+
+
+def _before_fork() -> None:
+    for residency in list(_all):
+        residency.changed.acquire()
+        _held.append(residency)
+
+
+def _after_fork(in_child: bool) -> None:
+    while _held:
+        residency = _held.pop()
+        try:
+            if in_child:
+                residency.end_other_moves()
+        finally:
+            residency.changed.release()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_before_fork,
+        after_in_parent=functools.partial(_after_fork, False),
+        after_in_child=functools.partial(_after_fork, True),
+    )
