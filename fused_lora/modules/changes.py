@@ -142,14 +142,19 @@ def changing(module: nn.Module, forwards: bool = True) -> Iterator[None]:
 
 
 @contextmanager
-def undone_on_error(model: nn.Module, values: Iterable[Tensor] = ()) -> Iterator[None]:
+def undone_on_error(
+    model: nn.Module, values: Iterable[Tensor] = (), changed: Iterable[nn.Module] | None = None
+) -> Iterator[None]:
     """If the body raises, all modules of ``model`` have their classes, children, hooks and other attributes again, and
-    the parameters their ``requires_grad``. Nobody's code is called for that. Of tensors only ``values`` are kept."""
+    the parameters their ``requires_grad``. Nobody's code is called for that. Of tensors only ``values`` are kept.
+
+    changed: the modules whose attributes the body changes, where these are few.
+    """
     modules = list(model.modules())
     flags = [(p, p.requires_grad) for module in modules for p in module._parameters.values() if p is not None]
     kept = [(tensor, tensor.detach().clone()) for tensor in values]
     before = []
-    for holder in (holder for module in modules for holder in holders_of_methods(module)):
+    for holder in (holder for module in changed or modules for holder in holders_of_methods(module)):
         attributes = dict(vars(holder))
         contents = [(held, held.copy()) for held in attributes.values() if type(held) in (dict, OrderedDict, list, set)]
         before.append((holder, type(holder), attributes, contents))

@@ -316,9 +316,10 @@ def set_adapter(model: nn.Module, adapter_names: str | Sequence[str], inference_
     before = snapshot(layers.values())
     try:
         unmerge_all(layers)
-        with undone_on_error(model):
-            for layer in {**layers, **wrappers}.values():
-                layer.set_adapter(names, inference_mode)
+        parts = [*layers.values(), *wrappers.values()]
+        with undone_on_error(model, changed=parts):
+            for part in parts:
+                part.set_adapter(names, inference_mode)
     except BaseException:  # an interrupt
         go_back(before)
         raise
