@@ -148,11 +148,12 @@ class Residency:
                     self._drop_host(version)  # on a CPU the arena's copy is as good
             return False
         finally:
-            try:
-                self._settle(version, me, ready)
-            except BaseException:  # an interrupt
-                self._settle(version, me, ready)
-                raise
+            if version.moving is me:
+                try:
+                    self._settle(version, me, ready)
+                except BaseException:  # an interrupt
+                    self._settle(version, me, ready)
+                    raise
 
     def _settle(self, version: Version, me: int, ready: bool) -> None:
         """After a move by ``me``, ready or not. Does nothing the second time."""
