@@ -360,7 +360,8 @@ def test_a_merge_takes_a_tenth_of_the_weight(dtype, shape, rank):
         "    return found\n"
         # the least: on a busy machine a thread may get its first unit, and touch its stack, in any of them
         "extra = min(extra() for _ in range(8))\n"
-        "assert extra <= 0.1 * W.nbytes, extra / W.nbytes\n"
+        # whole pages are counted, and each of the arrays of a record ends inside of one
+        "assert extra <= 0.1 * W.nbytes + 4 * 4096, extra / W.nbytes\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
 
