@@ -25,7 +25,7 @@ from fused_lora.adapters import AdapterError
 from fused_lora.modules.inject import AdapterNotFound
 from fused_lora.reference import bits
 from fused_lora.serving import AdapterStore, StoreFull
-from fused_lora.serving.residency import registry
+from fused_lora.serving.residency import registry, residency
 from fused_lora.serving.residency.arena import ALIGNMENT, Arena
 from fused_lora.testing.numeric import assert_close
 from helpers.interrupts import everywhere
@@ -780,6 +780,40 @@ def test_a_forked_child_waits_for_no_thread_of_its_parent(model, tmp_path, monke
     go_on.set()
     assert os.waitpid(child, 0)[1] == 0
     future.result(HANG).release()
+    store.detach()
+
+
+def test_threads_that_fork_at_once_leave_no_lock(model, monkeypatch):
+    """What a fork calls before and after, by the second thread as soon as the first lets it."""
+    store, begun, go_on = AdapterStore(model), threading.Event(), threading.Event()
+    lock = store._residency.changed
+    monkeypatch.setattr(residency, "_all", [store._residency])  # not of other tests
+
+    class Handed:
+        acquire = lock.acquire
+
+        def release(self):
+            lock.release()
+            assert begun.wait(HANG)
+
+    def second():
+        residency._before_fork()
+        begun.set()
+        assert go_on.wait(HANG)
+        residency._after_fork(False)
+
+    residency._before_fork()
+    store._residency.changed = Handed()
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(second)
+        try:
+            residency._after_fork(False)
+        finally:
+            store._residency.changed = lock
+            go_on.set()
+        done.result(HANG)
+        assert pool.submit(lock.acquire, timeout=HANG).result(HANG)
+        pool.submit(lock.release).result(HANG)
     store.detach()
 
 

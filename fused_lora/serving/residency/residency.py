@@ -357,18 +357,20 @@ class Residency:
 
 
 _all: WeakSet[Residency] = WeakSet()
-_held: list[Residency] = []  # while a fork goes on: no other thread is in the middle of a change
+_forking = threading.local()  # held: while this thread forks, so that no other is in the middle of a change
 
 
 def _before_fork() -> None:
-    for residency in list(_all):
+    _forking.held = []
+    for residency in sorted(_all, key=id):  # in one order, for two threads may fork
         residency.changed.acquire()
-        _held.append(residency)
+        _forking.held.append(residency)
 
 
 def _after_fork(in_child: bool) -> None:
-    while _held:
-        residency = _held.pop()
+    held: list[Residency] = vars(_forking).get("held", [])
+    while held:
+        residency = held.pop()
         try:
             if in_child:
                 residency.end_other_moves()
