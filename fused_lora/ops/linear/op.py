@@ -50,7 +50,7 @@ def lora_linear(
 
     Args:
         x: [..., K], fp64, fp32, bf16 or fp16.
-        weight: [N, K], dtype of x. bias: [N], any floating dtype, or None; it is added before the one rounding.
+        weight: [N, K], dtype of x. bias: [N], any floating dtype, or None; a library's product takes it in x's dtype.
         lora_A: [r_i, K] each; lora_B: [N, r_i] each; any floating dtype (fp32 adapters over a 16-bit base are used
             in fp32, without an fp32 copy of x on the kernel path).
         scaling: one float per adapter.

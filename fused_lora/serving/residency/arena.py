@@ -30,9 +30,6 @@ class Arena:
         capacity: bytes that blocks may take in all, or None for no limit.
         grow: least bytes to allocate at a time. None: the whole capacity at the first allocation. Without a capacity
             64 MiB at a time.
-
-    Attributes:
-        reserved: bytes taken from the device.
     """
 
     def __init__(self, device: torch.device, capacity: int | None, grow: int | None = None):

@@ -148,7 +148,7 @@ class Residency:
                     self._drop_host(version)  # on a CPU the arena's copy is as good
             return False
         finally:
-            if version.moving is me:
+            if version.moving == me:
                 try:
                     self._settle(version, me, ready)
                 except BaseException:  # an interrupt
@@ -158,7 +158,7 @@ class Residency:
     def _settle(self, version: Version, me: int, ready: bool) -> None:
         """After a move by ``me``, ready or not. Does nothing the second time."""
         with self.changed:
-            if version.moving is me:
+            if version.moving == me:
                 if not ready:
                     self._leave_device(version)
                 self.changed.notify_all()
