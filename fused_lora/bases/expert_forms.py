@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
 from fused_lora.bases.expert_terms import Even, ExpertTerm, Routed, add_terms, back
-from fused_lora.ops import guard
 from fused_lora.rows import why_rows_meet
 
 IMPLEMENTATIONS = (None, "eager", "grouped_mm", "batched_mm")  # of one arithmetic: which experts a row goes through
@@ -557,12 +556,13 @@ def form_of(experts: Any) -> Form:
 
 
 def _check_experts(ids: Tensor, experts: int) -> None:
-    """Raise ValueError unless sorted numbers of experts are all there. Compiled code cannot ask. In a CUDA graph the
-    device does, at each replay."""
+    """Raise ValueError unless sorted numbers of experts are all there. Compiled code cannot ask. On a GPU the device
+    asserts it, as for an index of torch: the host waits for nothing."""
     if torch.compiler.is_compiling() or not len(ids):
         return
-    if guard.capturing(ids.device):
-        return torch.ops.aten._assert_async.default((ids[0] >= 0) & (ids[-1] < experts))
-    first, last = torch.stack((ids[0], ids[-1])).tolist()  # one wait for the device
+    text = f"top_k_index: expected experts from 0 to {experts - 1}"
+    if ids.is_cuda:
+        return torch.ops.aten._assert_async.msg((ids[0] >= 0) & (ids[-1] < experts), text)
+    first, last = torch.stack((ids[0], ids[-1])).tolist()
     if first < 0 or last >= experts:
-        raise ValueError(f"top_k_index: expected experts below {experts}, got {first if first < 0 else last}")
+        raise ValueError(f"{text}, got {first if first < 0 else last}")
