@@ -15,7 +15,7 @@ from torch._compile import _disable_dynamo
 from fused_lora.modules.frames import generator_around, is_running
 from fused_lora.modules.names import some
 from fused_lora.ops import guard
-from fused_lora.rows import Entries, RowFinder, Running, checked_dim
+from fused_lora.rows import Entries, RowFinder, Running, checked_dim, rows_of_names
 
 _CAPTURED = (
     "adapter_batch: a CUDA graph would read the rows of this batch after its end; capture outside of it, or serve the "
@@ -40,7 +40,11 @@ def check_eval(model: nn.Module) -> None:
 def rows_by_name(adapter_names: Sequence[str | None], x: Tensor, rows: int) -> dict[Any, Tensor]:
     """The numbers of each name's rows, int64: the names share out x's first dimension, which ``rows`` rows lie along.
 
-    Raises ValueError unless the length of x is a multiple of the number of names.
+    The host does not wait for x's device.
+
+    Raises:
+        ValueError: the length of x is no multiple of the number of names.
+        RuntimeError: a CUDA graph is being captured.
     """
     count = len(adapter_names)
     if (len(x) % count or rows % count) if count else len(x):
@@ -48,11 +52,14 @@ def rows_by_name(adapter_names: Sequence[str | None], x: Tensor, rows: int) -> d
             "Length of `adapter_names` should be the same as the number of inputs (or divide it, for beams), but "
             f"got {count} and {len(x)} respectively."
         )
-    each = rows // max(1, count)
-    found: dict[Any, list[int]] = {}
-    for i, name in enumerate(adapter_names):
-        found.setdefault(name, []).extend(range(i * each, (i + 1) * each))
-    return {name: torch.tensor(numbers, dtype=torch.int64, device=x.device) for name, numbers in found.items()}
+    compiling = torch.compiler.is_compiling()
+    if not compiling and guard.capturing(x.device):  # a replay would copy from memory that is free by then
+        raise RuntimeError("adapter_names: a CUDA graph of a mixed batch needs an AdapterStore and its row_buffers")
+    numbers, lengths = (rows_of_names.__wrapped__ if compiling else rows_of_names)(tuple(adapter_names), rows)
+    found = torch.from_numpy(numbers)
+    if x.is_cuda and not compiling:
+        found = found.pin_memory()
+    return dict(zip(lengths, found.to(x.device, non_blocking=x.is_cuda).split([*lengths.values()]), strict=True))
 
 
 class Context:

@@ -246,6 +246,46 @@ def test_mixed_batches_of_adapter_names():
     assert_no_worse(*found, factor=1.5)
 
 
+@pytest.mark.parametrize("names", [None, ["a", "__base__", "b", "a"]], ids=["one adapter", "names"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_layer_waits_for_the_gpu(kind, names):
+    """Each adapted layer's forward and backward, from the second call on; torch raises where the host would wait."""
+    make, fields = KINDS[kind]
+    if names is not None and kind in ("DoRA", "experts"):
+        pytest.skip("PEFT refuses names")
+    dropout = {} if names is not None or kind == "experts" else {"lora_dropout": 0.1}  # with names only eval is allowed
+    model = fused_lora.accelerate(adapted(make(BF16), ("a", "b") if names else ("a",), **fields, **dropout))
+    calls = {}
+
+    def note(module, args, kwargs, y):
+        calls[module] = args, kwargs
+
+    hooks = [
+        module.register_forward_hook(note, with_kwargs=True)
+        for module in model.modules()
+        if type(module).__module__.startswith("fused_lora.integrations")
+    ]
+    with torch.set_grad_enabled(names is None):
+        model.train(names is None)(input_ids=ids(), **({} if names is None else dict(adapter_names=names)))
+        for hook in hooks:
+            hook.remove()
+        assert calls
+        for module, (args, kwargs) in calls.items():
+            args = [t.detach().requires_grad_(names is None and t.is_floating_point()) for t in args]
+
+            def step(module=module, args=args, kwargs=kwargs):
+                y = module(*args, **kwargs)
+                if names is None:
+                    y.float().square().mean().backward()
+
+            step()
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                step()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+
 def test_inject_train_merge_switch_save(tmp_path):
     """Our own way through a model's life on one GPU; every bit of the base back at the end."""
     net = llama(BF16)

@@ -18,6 +18,7 @@ from transformers import AutoModel, BertConfig, BertModel, GPT2Config, GPT2LMHea
 
 import fused_lora
 from fused_lora import AdapterNotFound, LoraConfig, LoraLinear
+from fused_lora.modules.mixed import rows_by_name
 from fused_lora.ops import guard
 from fused_lora.testing.numeric import DRAWS, assert_close, assert_no_worse
 from helpers import training
@@ -666,6 +667,21 @@ def test_a_capture_in_a_mixed_batch_is_refused(names, monkeypatch):
             with pytest.raises(RuntimeError, match="adapter_batch: a CUDA graph would read the rows"):
                 ours(ids)
         assert torch.equal(output(ours, ids), expected)
+
+
+def test_the_rows_of_names(monkeypatch):
+    x, names = torch.empty(6, 2, 3), ["a", None, "a"]
+    for _ in range(2):
+        found = rows_by_name(names, x, 12)
+        assert {name: rows.tolist() for name, rows in found.items()} == {
+            "a": [0, 1, 2, 3, 8, 9, 10, 11],
+            None: [4, 5, 6, 7],
+        }
+    assert rows_by_name([], x[:0], 0) == {}
+    assert all(len(rows) == 0 for rows in rows_by_name(names, x[:, :0], 0).values())
+    monkeypatch.setattr(guard, "capturing", lambda device: True)
+    with pytest.raises(RuntimeError, match="adapter_names: a CUDA graph of a mixed batch needs an AdapterStore"):
+        rows_by_name(names, x, 12)
 
 
 def test_a_str_as_list_of_names_is_refused():
