@@ -172,7 +172,7 @@ class MixedBatch(Context):
             assert call is not None
             call.note(path, x)
             layout = call.layout(path, x)
-            key = layout, call.sequences, x.shape, x.device
+            key = layout, call.sequences, x.shape[:-1], x.device
             if key not in self._rows:
                 self._rows[key] = self._split(x, None if layout is None else layout.sequence_of_row, call.sequences)
             return self._rows[key]

@@ -466,11 +466,6 @@ def test_adapters_of_other_parameters_come_and_go(tmp_path):
         (lambda h, i, w: (h, i[:3], w[:3]), ValueError, "top_k_index, top_k_weights: expected"),
         (lambda h, i, w: (h, i, w[:3]), ValueError, "top_k_weights: expected"),
         (lambda h, i, w: (h, i[:, 0], w[:, 0]), ValueError, "top_k_index"),
-        (
-            lambda h, i, w: (h, i + EXPERTS, w),
-            ValueError,
-            f"top_k_index: expected experts from 0 to {EXPERTS - 1}, got",
-        ),
         (lambda h, i, w: (h, i.float(), w), TypeError, "top_k_index: expected int32 or int64"),
         (lambda h, i, w: (h.int(), i, w), TypeError, "hidden_states: expected a floating dtype"),
         (lambda h, i, w: (h.to(torch.complex64), i, w), TypeError, "hidden_states: expected a floating dtype"),
@@ -484,11 +479,16 @@ def test_calls_that_do_not_fit_are_refused_by_name(change, kind, text):
         ours.experts(*change(*call))
 
 
-def test_a_gpu_is_not_waited_for(monkeypatch):
-    """The device asserts that the experts are there, also at each replay of a graph."""
+def test_experts_that_are_not_there(monkeypatch):
+    """Refused by name; on a GPU by the device, for which the host does not wait, also at each replay of a graph."""
     ours, _ = twins()
     call = torch.randn(4, HIDDEN), torch.arange(8).reshape(4, 2) % EXPERTS, torch.rand(4, 2)
-    expected = ours.experts(*call)
+    expected, text = ours.experts(*call), f"top_k_index: expected experts from 0 to {EXPERTS - 1}"
+    if expected.is_cuda:
+        pytest.skip("a failed assertion of the device ends the process's use of it")
+    for shift in (EXPERTS, -1):
+        with pytest.raises(ValueError, match=f"{text}, got"):
+            ours.experts(call[0], call[1] + shift, call[2])
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     with monkeypatch.context() as patched:
         for read in ("tolist", "item", "__bool__", "__int__"):
@@ -496,7 +496,7 @@ def test_a_gpu_is_not_waited_for(monkeypatch):
         found = ours.experts(*call)
     assert torch.equal(bits(found), bits(expected))
     for shift in (EXPERTS, -1):
-        with pytest.raises(RuntimeError, match=f"top_k_index: expected experts from 0 to {EXPERTS - 1}"):
+        with pytest.raises(RuntimeError, match=text):
             ours.experts(call[0], call[1] + shift, call[2])
 
 
