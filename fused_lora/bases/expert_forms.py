@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
 from fused_lora.bases.expert_terms import Even, ExpertTerm, Routed, add_terms, back
+from fused_lora.ops.linear.op import without_autocast
 from fused_lora.rows import why_rows_meet
 
 IMPLEMENTATIONS = (None, "eager", "grouped_mm", "batched_mm")  # of one arithmetic: which experts a row goes through
@@ -370,7 +371,8 @@ class Rerun(Form):
             for t, where, new in jobs:
                 t[where] = new
             return y
-        changed = [t.index_put(where, new) for t, where, new in jobs]  # a backward may read what was there
+        with without_autocast(x):  # a GPU's takes no index_put of the other 16-bit dtype
+            changed = [t.index_put(where, new) for t, where, new in jobs]  # a backward may read what was there
         return changed[0] if isinstance(y, Tensor) else tuple(changed)
 
 
