@@ -37,10 +37,10 @@ def check_eval(model: nn.Module) -> None:
         raise RuntimeError("adapter_batch needs model.eval(): a mixed batch is for inference")
 
 
-def rows_by_name(adapter_names: Sequence[str | None], x: Tensor, rows: int) -> dict[Any, Tensor]:
-    """The numbers of each name's rows, int64: the names share out x's first dimension, which ``rows`` rows lie along.
+def rows_by_name(adapter_names: Sequence[str | None], x: Tensor, rows: int) -> dict[Any, Tensor | slice]:
+    """Each name's rows: the names share out x's first dimension, which ``rows`` rows lie along.
 
-    The host does not wait for x's device.
+    A slice where they lie together, else their numbers, int64, on x's device, for which the host does not wait.
 
     Raises:
         ValueError: the length of x is no multiple of the number of names.
@@ -52,14 +52,17 @@ def rows_by_name(adapter_names: Sequence[str | None], x: Tensor, rows: int) -> d
             "Length of `adapter_names` should be the same as the number of inputs (or divide it, for beams), but "
             f"got {count} and {len(x)} respectively."
         )
-    compiling = torch.compiler.is_compiling()
-    if not compiling and guard.capturing(x.device):  # a replay would copy from memory that is free by then
+    find = rows_of_names.__wrapped__ if torch.compiler.is_compiling() else rows_of_names
+    found = find(tuple(adapter_names), rows)
+    return {name: own if isinstance(own, slice) else _on(x.device, own) for name, own in found.items()}
+
+
+def _on(device: torch.device, numbers: Any) -> Tensor:
+    if device.type != "cuda" or torch.compiler.is_compiling():
+        return torch.from_numpy(numbers).to(device)
+    if guard.capturing(device):  # a replay would copy from memory that is free by then
         raise RuntimeError("adapter_names: a CUDA graph of a mixed batch needs an AdapterStore and its row_buffers")
-    numbers, lengths = (rows_of_names.__wrapped__ if compiling else rows_of_names)(tuple(adapter_names), rows)
-    found = torch.from_numpy(numbers)
-    if x.is_cuda and not compiling:
-        found = found.pin_memory()
-    return dict(zip(lengths, found.to(x.device, non_blocking=x.is_cuda).split([*lengths.values()]), strict=True))
+    return torch.from_numpy(numbers).pin_memory().to(device, non_blocking=True)
 
 
 class Context:

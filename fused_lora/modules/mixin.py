@@ -283,11 +283,16 @@ class FusedLoraBehaviour(_Layer):
         plain = self._plain_factors(flat, flat_x, names)
         for i, name in enumerate(names):
             rows = rows_of[name]
-            rows = rows[torch.isin(rows, changed[name])] if name in changed else rows
+            if name in changed:
+                numbers = torch.arange(len(flat), device=x.device)[rows]
+                rows = numbers[torch.isin(numbers, changed[name])]
             if plain:
                 A, B = (each[i] for each in plain)
-                S = torch.mm(flat_x.index_select(0, rows), A.t())
-                flat.index_add_(0, rows, torch.mm(S, B.t()), alpha=scaling[i])
+                if isinstance(rows, slice):
+                    flat[rows].addmm_(torch.mm(flat_x[rows], A.t()), B.t(), alpha=scaling[i])
+                else:
+                    S = torch.mm(flat_x.index_select(0, rows), A.t())
+                    flat.index_add_(0, rows, torch.mm(S, B.t()), alpha=scaling[i])
                 continue
             A, B = self.lora_A[name], self.lora_B[name]
             term = B(A(self.lora_dropout[name](flat_x[rows].to(A.weight.dtype)))) * scaling[i]

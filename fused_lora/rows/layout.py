@@ -48,12 +48,15 @@ def layout_of(state: State, shape: Sequence[int], sequences: int) -> Layout | st
 
 
 @lru_cache(16)  # all layers of a call ask the same
-def rows_of_names(names: tuple[str | None, ...], rows: int) -> tuple[np.ndarray, dict[str | None, int]]:
-    """Rows of a batch that the names share out in this order: those of one name after those of another, int64 [rows],
-    and how many each has. Neither is to be changed.
-    """
+def rows_of_names(names: tuple[str | None, ...], rows: int) -> dict[str | None, slice | np.ndarray]:
+    """Which rows of a batch each name has, where the names share them out in this order: a slice if they lie together,
+    else numbers, int64, which nobody may change."""
     each = rows // max(1, len(names))
-    order = np.arange(rows, dtype=np.int64).reshape(len(names), each)
-    places = {name: [i for i, n in enumerate(names) if n == name] for name in dict.fromkeys(names)}
-    flat = [place for found in places.values() for place in found]
-    return order[flat].reshape(-1), {name: len(found) * each for name, found in places.items()}
+    numbers = np.arange(rows, dtype=np.int64).reshape(len(names), each)
+    found: dict[str | None, slice | np.ndarray] = {}
+    for name in dict.fromkeys(names):
+        places = [i for i, n in enumerate(names) if n == name]
+        first, end = places[0], places[-1] + 1
+        together = end - first == len(places)
+        found[name] = slice(first * each, end * each) if together else numbers[places].reshape(-1)
+    return found
