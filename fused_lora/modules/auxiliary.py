@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from fused_lora.modules.changes import CHANGING, wait_for_change
 from fused_lora.modules.config import LoraConfig
 from fused_lora.modules.merged_state import MergedState
-from fused_lora.modules.mixed import Context, MixedBatch
+from fused_lora.modules.mixed import Context, MixedBatch, numbers_of
 from fused_lora.modules.names import some
 from fused_lora.modules.offload import is_offloaded
 from fused_lora.modules.tree import named_modules, places, unwrapped
@@ -98,7 +98,7 @@ class Auxiliary(InPlaceOf):
             self._refuse_batch("a call with one tensor, its first argument")
         rows_of: dict[str | None, list[Tensor]] = {}
         for name, rows in self.mixed_batch.rows(self, x.flatten(1) if x.dim() > 1 else x.unsqueeze(-1)).items():
-            rows_of.setdefault(name if name in self.held else None, []).append(rows)
+            rows_of.setdefault(name if name in self.held else None, []).append(numbers_of(rows, x))
         result: Any = None
         for chosen, parts in rows_of.items():
             rows = torch.cat(parts)

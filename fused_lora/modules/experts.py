@@ -26,7 +26,7 @@ from fused_lora.modules.fusable import why_not_here, why_not_plain_dropout
 from fused_lora.modules.layer import LoraLayer, check_options, check_tensors
 from fused_lora.modules.linear import draw
 from fused_lora.modules.merged_state import MergedState
-from fused_lora.modules.mixed import MixedBatch
+from fused_lora.modules.mixed import MixedBatch, numbers_of
 from fused_lora.modules.targets import (
     ALL_LINEAR,
     all_linear,
@@ -395,8 +395,9 @@ class LoraExperts(MergedState, InPlaceOf):
             raise ValueError("adapter_batch: an adapter of the experts is merged; unmerge first")
         alone = form_of(self.base_layer).why_not_alone(self.base_layer)
         rows_of = batch.rows(next(iter(stacks.values())), call[0], alone)
-        groups = [(rows, {n: s.terms([name]) for n, s in stacks.items()}) for name, rows in rows_of.items()]
-        groups = [(rows, terms) for rows, terms in groups if any(terms.values()) and len(rows)]
+        each = [(rows, {n: s.terms([name]) for n, s in stacks.items()}) for name, rows in rows_of.items()]
+        groups = [(numbers_of(rows, call[0]), terms) for rows, terms in each if any(terms.values())]
+        groups = [(rows, terms) for rows, terms in groups if len(rows)]
         if not groups:
             return experts.run(self.base_layer, call)
         self._check_call({n: s.terms(s.adapters) for n, s in stacks.items()})

@@ -15,12 +15,13 @@ from torch._compile import _disable_dynamo
 from fused_lora.modules.frames import generator_around, is_running
 from fused_lora.modules.names import some
 from fused_lora.ops import guard
-from fused_lora.rows import Entries, RowFinder, Running, checked_dim, rows_of_names
+from fused_lora.rows import Entries, RowFinder, Running, checked_dim, rows_of_names, rows_of_owners
 
 _CAPTURED = (
     "adapter_batch: a CUDA graph would read the rows of this batch after its end; capture outside of it, or serve the "
     "adapters by an AdapterStore and its row_buffers"
 )
+Rows = dict[Any, Tensor | slice]  # of each name, which rows of a batch
 # finders by model: what one has found holds for the next batch
 _finders: WeakKeyDictionary[nn.Module, RowFinder] = WeakKeyDictionary()
 
@@ -37,7 +38,7 @@ def check_eval(model: nn.Module) -> None:
         raise RuntimeError("adapter_batch needs model.eval(): a mixed batch is for inference")
 
 
-def rows_by_name(adapter_names: Sequence[str | None], x: Tensor, rows: int) -> dict[Any, Tensor | slice]:
+def rows_by_name(adapter_names: Sequence[str | None], x: Tensor, rows: int) -> Rows:
     """Each name's rows: the names share out x's first dimension, which ``rows`` rows lie along.
 
     A slice where they lie together, else their numbers, int64, on x's device, for which the host does not wait.
@@ -54,15 +55,22 @@ def rows_by_name(adapter_names: Sequence[str | None], x: Tensor, rows: int) -> d
         )
     find = rows_of_names.__wrapped__ if torch.compiler.is_compiling() else rows_of_names
     found = find(tuple(adapter_names), rows)
-    return {name: own if isinstance(own, slice) else _on(x.device, own) for name, own in found.items()}
+    return {name: _on(x.device, own) for name, own in found.items()}
 
 
-def _on(device: torch.device, numbers: Any) -> Tensor:
+def _on(device: torch.device, numbers: Any) -> Tensor | slice:
+    if isinstance(numbers, slice):
+        return numbers
     if device.type != "cuda" or torch.compiler.is_compiling():
         return torch.from_numpy(numbers).to(device)
     if guard.capturing(device):  # a replay would copy from memory that is free by then
         raise RuntimeError("adapter_names: a CUDA graph of a mixed batch needs an AdapterStore and its row_buffers")
     return torch.from_numpy(numbers).pin_memory().to(device, non_blocking=True)
+
+
+def numbers_of(rows: Tensor | slice, x: Tensor) -> Tensor:
+    """Rows as their numbers, int64, on x's device."""
+    return torch.arange(rows.start, rows.stop, device=x.device) if isinstance(rows, slice) else rows
 
 
 class Context:
@@ -106,7 +114,7 @@ class MixedBatch(Context):
         self._entries = Entries(len(names), checked_dim(dim), uniform=len(set(names)) == 1)
         self._under_way = finder.calls_under_way()
         self._running: dict[int, Running] = {}  # by thread
-        self._rows: dict[tuple, dict[str, Tensor]] = {}
+        self._rows: dict[tuple, Rows] = {}
         self._handles: list[Any] = []
 
     def check_around(self) -> None:
@@ -151,8 +159,8 @@ class MixedBatch(Context):
     def _of_thread(self) -> Running:
         return self._running.setdefault(threading.get_ident(), Running(self._finder, self._entries, self._under_way))
 
-    def rows(self, layer: nn.Module, x: Tensor, why_not_alone: str | None = None) -> dict[str, Tensor]:
-        """The rows of x [..., K] that each adapter has, int64, counted over all dimensions but the last.
+    def rows(self, layer: nn.Module, x: Tensor, why_not_alone: str | None = None) -> Rows:
+        """The rows of x [..., K] that each adapter has, as of :func:`rows_by_name`, over all dimensions but the last.
 
         why_not_alone: why they are not known where the layer itself is called, if they are not.
 
@@ -183,12 +191,8 @@ class MixedBatch(Context):
             if direct:
                 running.leave(layer, True)
 
-    def _split(self, x: Tensor, sequence_of_row: Any, sequences: int) -> dict[str, Tensor]:
+    def _split(self, x: Tensor, sequence_of_row: Any, sequences: int) -> Rows:
         if sequence_of_row is None:
-            return {self.names[0]: torch.arange(x.shape[:-1].numel(), device=x.device)}
-        entry = torch.from_numpy(sequence_of_row(x.shape, sequences) * len(self.names) // sequences)
-        found: dict[str, Tensor] = {}
-        for name in dict.fromkeys(self.names):
-            of_name = torch.tensor([i for i, n in enumerate(self.names) if n == name], device="cpu")
-            found[name] = torch.isin(entry, of_name).nonzero()[:, 0].to(x.device)
-        return found
+            return {self.names[0]: slice(0, x.shape[:-1].numel())}
+        owners = sequence_of_row(x.shape, sequences) * len(self.names) // sequences
+        return {name: _on(x.device, own) for name, own in rows_of_owners(self.names, owners).items()}

@@ -24,7 +24,7 @@ from fused_lora.bases.requantised import rounded_bias
 from fused_lora.modules import activated, variants
 from fused_lora.modules.changes import alone
 from fused_lora.modules.fusable import why_inference, why_not_plain, why_not_plain_dropout, why_transformed
-from fused_lora.modules.mixed import MixedBatch, rows_by_name
+from fused_lora.modules.mixed import MixedBatch, numbers_of, rows_by_name
 from fused_lora.modules.offload import is_sharded, refuse_sharded
 from fused_lora.ops.checks import as_float, as_scaling, is_known
 from fused_lora.ops.linear.op import Memory, _autocasts, _rows, keeps_inference, recalled
@@ -284,7 +284,7 @@ class FusedLoraBehaviour(_Layer):
         for i, name in enumerate(names):
             rows = rows_of[name]
             if name in changed:
-                numbers = torch.arange(len(flat), device=x.device)[rows]
+                numbers = numbers_of(rows, x)
                 rows = numbers[torch.isin(numbers, changed[name])]
             if plain:
                 A, B = (each[i] for each in plain)

@@ -47,16 +47,27 @@ def layout_of(state: State, shape: Sequence[int], sequences: int) -> Layout | st
     return "it gets some of the batch's rows, or all in another order"
 
 
+Rows = dict[str | None, slice | np.ndarray]  # of each name: a slice where they lie together, else numbers, int64
+
+
 @lru_cache(16)  # all layers of a call ask the same
-def rows_of_names(names: tuple[str | None, ...], rows: int) -> dict[str | None, slice | np.ndarray]:
-    """Which rows of a batch each name has, where the names share them out in this order: a slice if they lie together,
-    else numbers, int64, which nobody may change."""
+def rows_of_names(names: tuple[str | None, ...], rows: int) -> Rows:
+    """Which rows of a batch each name has, where the names share them out in this order. Nobody may change them."""
     each = rows // max(1, len(names))
     numbers = np.arange(rows, dtype=np.int64).reshape(len(names), each)
-    found: dict[str | None, slice | np.ndarray] = {}
+    found: Rows = {}
     for name in dict.fromkeys(names):
         places = [i for i, n in enumerate(names) if n == name]
         first, end = places[0], places[-1] + 1
-        together = end - first == len(places)
-        found[name] = slice(first * each, end * each) if together else numbers[places].reshape(-1)
+        found[name] = slice(first * each, end * each) if end - first == len(places) else numbers[places].reshape(-1)
+    return found
+
+
+def rows_of_owners(names: Sequence[str | None], owners: np.ndarray) -> Rows:
+    """The same where ``owners`` [rows] has for each row the place of its name."""
+    found: Rows = {}
+    for name in dict.fromkeys(names):
+        numbers = np.flatnonzero(np.array([n == name for n in names])[owners])
+        first, end = (int(numbers[0]), int(numbers[-1]) + 1) if len(numbers) else (0, 0)
+        found[name] = slice(first, end) if end - first == len(numbers) else numbers
     return found

@@ -112,6 +112,24 @@ def test_adapter_batch_without_an_eager_call_before(name):
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("names", [["a", "a", None, "b"], ["a", "b", None, "a"]], ids=["neighbours", "apart"])
+@pytest.mark.parametrize("kind", ["inject", "accelerate"])
+def test_adapter_names_are_one_graph(kind, names, grad):
+    model, fields = nn.Sequential(nn.Linear(8, 6)).eval(), dict(r=2, target_modules=["0"], init_lora_weights=False)
+    if kind == "inject":
+        for name in ("a", "b"):
+            fused_lora.inject(model, fused_lora.LoraConfig(**fields), name)
+    else:
+        model = peft.get_peft_model(model, peft.LoraConfig(**fields), "a").eval()
+        model.add_adapter("b", peft.LoraConfig(**fields))
+        model, names = fused_lora.accelerate(model).base_model.model, [name or "__base__" for name in names]
+    x = torch.randn(4, 3, 8)
+    with torch.set_grad_enabled(grad):
+        y = torch.compile(model[0], backend="aot_eager", fullgraph=True)(x, adapter_names=names)
+        assert_close(y, model[0](x, adapter_names=names), terms=16)
+
+
 def test_dora_of_16_bits_with_dropout_is_one_graph():
     """Its base product is another function than in fp32, and asks whether gradients come in batches."""
     config = fused_lora.LoraConfig(r=4, target_modules=["0"], use_dora=True, lora_dropout=0.5, init_lora_weights=False)
