@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import deque
 from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 from typing import Any
@@ -105,7 +106,14 @@ class RowTrace(TorchDispatchMode):
 
     def __enter__(self) -> RowTrace:
         self._outer = _current.set(self)
-        return super().__enter__()
+        alone = not torch._C._len_torch_dispatch_stack()
+        super().__enter__()
+        # torch notes in globals that a mode is entered, and leaving restores what they were: with another thread's mode
+        # in them they would stay set, and Dynamo of torch 2.8 would compile nothing any more
+        for flags in vars(self).values():
+            if alone and isinstance(flags, deque):
+                flags[-1] = False
+        return self
 
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)

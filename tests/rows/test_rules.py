@@ -1,16 +1,20 @@
 """What the rules say of an operator's result, compared with what happens when one sequence's input is changed."""
 
+import contextlib
 import functools
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from fused_lora.rows.rules import Applied, rows_after
 from fused_lora.rows.state import Owned, Unknown
 from fused_lora.rows.trace import RowTrace
 from helpers.seeds import shifted
+from helpers.waiting import HANG
 
 B, T, C = 3, 4, 6
 W = torch.randn(C, C, generator=torch.Generator().manual_seed(shifted(1)))
@@ -319,3 +323,21 @@ def test_two_threads_may_follow_one_tensor():
     assert first.state(x) is None and second.state(x).dim == 1
     second.forget()
     assert not vars(x)
+
+
+@pytest.mark.parametrize("last", ["first", "second"])
+def test_traces_of_two_threads_leave_no_mode_in_torchs_globals(last):
+    """Dynamo of torch 2.8 compiles nothing while they say that there is one."""
+    traces = {name: RowTrace(packed=False) for name in ("first", "second")}
+    with contextlib.ExitStack() as stack:
+        threads = {name: stack.enter_context(ThreadPoolExecutor(1)) for name in traces}
+        for name, trace in traces.items():
+            threads[name].submit(trace.__enter__).result(HANG)
+        for name in sorted(traces, key=lambda name: name == last):
+            threads[name].submit(traces[name].__exit__, None, None, None).result(HANG)
+    assert not is_in_torch_dispatch_mode() and not is_in_torch_dispatch_mode(include_infra_modes=False)
+    with traces["first"]:
+        with traces["second"]:
+            assert is_in_torch_dispatch_mode(include_infra_modes=False)
+        assert is_in_torch_dispatch_mode(include_infra_modes=False)
+    assert not is_in_torch_dispatch_mode()

@@ -13,12 +13,6 @@ from helpers.seeds import shifted
 K = 16
 
 
-@pytest.fixture(autouse=True)
-def compiles_anew():
-    """Code that Dynamo has given up on in another test would run eagerly in this one."""
-    torch._dynamo.reset()
-
-
 class Block(nn.Module):
     def __init__(self, flat=False):
         super().__init__()
