@@ -94,6 +94,23 @@ def test_gradients_through_the_kernels(case, dtypes, pair, device, ran, monkeypa
         assert (result.double() - true).abs().max() <= max(4 * eps, 4e-5) * true.abs().max()
 
 
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_gradients_of_fp32_adapters_beside_16_bit_ones_are_not_rounded(dtype, device, ran):
+    x, W, _, A, B, s, p, seeds = arguments(device, 20, 48, 33, (4, 7), dtype, FP32, (0.0, 0.0))
+    A[0], B[0] = (t.detach().bfloat16().requires_grad_() for t in (A[0], B[0]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a dropped configuration would warn
+        y = lora_linear(x, W, None, A, B, s, p, seeds)
+        g = torch.randn_like(y)
+        found = torch.autograd.grad(y, (*A, *B), g)
+    assert "lora_linear_backward" in {name for name, _ in ran}
+    wide = [t.detach().double() for t in (g, x, W, *A, *B)]
+    _, dA, dB, _, _ = reference.lora_linear_backward(*wide[:3], wide[3:5], wide[5:], s, p, seeds)
+    for ours, true, given in zip(found, (*dA, *dB), (*A, *B), strict=True):
+        assert ours.dtype is given.dtype
+        assert (ours.double() - true).abs().max() <= max(torch.finfo(given.dtype).eps, 4e-6) * true.abs().max()
+
+
 def under_autocast(device, dtype, size, ranks, dropout):
     """(leaves, call, exact results, y of copies) of fp32 tensors under autocast, which rounds the adapters, too."""
     x, W, b, A, B, s, p, seeds = arguments(device, *size, ranks, FP32, FP32, dropout)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import TYPE_CHECKING
 
 import torch
@@ -120,7 +121,9 @@ def lora_linear_backward(
         if need_x:
             expand = prepare_expand(len(g), lora_A, scales, dropout, drop, False, g.dtype, chosen.product)
         if any(need_A) or any(need_B):
-            ranks, dtype = [A.shape[0] for A in lora_A], torch.promote_types(lora_A[0].dtype, lora_B[0].dtype)
+            # of all adapters: one buffer holds the sums of 16-bit and fp32 ones
+            ranks = [A.shape[0] for A in lora_A]
+            dtype = reduce(torch.promote_types, [t.dtype for t in (*lora_A, *lora_B)])
             weight_grad = prepare_weight_grad(g, x, scaling, dropout, drop, ranks, dtype, chosen.weight_grad)
 
         def each(g, x, weight, lora_A, lora_B, S, scaling, dropout, seeds, *_):
