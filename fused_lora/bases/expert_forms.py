@@ -263,7 +263,7 @@ class Llama4(Form):
         [hidden], rows = call, Even(experts.num_experts, self.turned)
 
         def project(x: Tensor, name: str) -> Tensor:
-            y = torch.bmm(x.unflatten(0, (rows.experts, -1)), getattr(experts, name)).flatten(0, 1)
+            y = torch.bmm(x.view(rows.experts, -1, x.shape[1]), getattr(experts, name)).flatten(0, 1)
             return add_terms(y, x, terms.get(name, ()), rows)
 
         up, down = self.parameters(experts)

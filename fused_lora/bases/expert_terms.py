@@ -76,7 +76,7 @@ class Even(NamedTuple):
 
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
         """As of :class:`Routed`."""
-        return torch.bmm(x.unflatten(0, (self.experts, -1)), weight.transpose(1, 2)).flatten(0, 1)
+        return torch.bmm(x.view(self.experts, -1, x.shape[1]), weight.transpose(1, 2)).flatten(0, 1)
 
     def dropped(self, x: Tensor, p: float) -> Tensor:
         """D(x), by a mask of x's rows."""

@@ -140,3 +140,15 @@ def test_dora_of_16_bits_with_dropout_is_one_graph():
     assert ours.keys() == eager.keys() and len(ours) == 4
     for name in ours:
         assert_close(ours[name], eager[name], terms=64, name=name)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["inject", "accelerate"])
+def test_llama_4_under_a_default_device_is_one_graph(kind):
+    """Dynamo does not trace what torch.Tensor has written in Python there."""
+    model, ids = build(kind, "Llama-4").eval(), torch.randint(0, TOKENS, (5, 6))
+    torch._dynamo.reset()
+    with torch.get_default_device():
+        ours = torch.compile(model, backend="eager", fullgraph=True)(ids)
+    assert_close(ours, model(ids), terms=1000)
+    torch._dynamo.reset()
