@@ -160,7 +160,7 @@ def merged(model: nn.Module, adapter: Path | None, dtype: torch.dtype = torch.fl
     config = json.loads((adapter / "adapter_config.json").read_text())
     tensors = load_file(adapter / "adapter_model.safetensors")
     for path, layer in _linears(found, head=f"{KEY}lm_head.lora_A.weight" in tensors).items():
-        A, B = (tensors[f"{KEY}{path}.lora_{side}.weight"].to(dtype) for side in "AB")
+        A, B = (tensors[f"{KEY}{path}.lora_{side}.weight"].to(layer.weight) for side in "AB")
         layer.weight += config["lora_alpha"] / config["r"] * (B @ A)
     return found
 
