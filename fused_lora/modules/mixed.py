@@ -45,7 +45,7 @@ def rows_by_name(adapter_names: Sequence[str | None], x: Tensor, rows: int) -> R
 
     Raises:
         ValueError: the length of x is no multiple of the number of names.
-        RuntimeError: a CUDA graph is being captured.
+        RuntimeError: a CUDA graph is being captured, and the rows of a name lie apart.
     """
     count = len(adapter_names)
     if (len(x) % count or rows % count) if count else len(x):
