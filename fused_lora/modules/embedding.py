@@ -187,7 +187,7 @@ class LoraEmbedding(EmbeddingBehaviour, LoraLayer):
             assert batch is not None
             rows_of = batch.rows(self, x.unsqueeze(-1))
         y = self.base_layer(x)
-        flat, tokens = y.reshape(-1, y.shape[-1]), x.reshape(-1)
+        flat, tokens = y.reshape(-1, y.shape[-1]), x.flatten().clone()  # a backward reads them after x was changed
         for name in self._present(list(rows_of)):
             rows = rows_of[name]
             flat[rows] = self._with_terms(flat[rows], tokens[rows], [name])

@@ -295,7 +295,9 @@ class FusedLoraBehaviour(_Layer):
                     flat.index_add_(0, rows, torch.mm(S, B.t()), alpha=scaling[i])
                 continue
             A, B = self.lora_A[name], self.lora_B[name]
-            term = B(A(self.lora_dropout[name](flat_x[rows].to(A.weight.dtype)))) * scaling[i]
+            # a copy of neighbours, too: hooks may change it, a backward reads it after x was changed
+            part = flat_x[rows].to(A.weight.dtype, copy=isinstance(rows, slice))
+            term = B(A(self.lora_dropout[name](part))) * scaling[i]
             flat[rows] = (flat[rows] + term).to(result.dtype)  # summed in the wider dtype, rounded once
         return flat.view(result.shape)
 

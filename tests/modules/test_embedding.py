@@ -175,6 +175,17 @@ def test_a_batch_of_several_adapters():
     assert torch.equal(bits(mixed[[1, 4]]), bits(base[[1, 4]]))
 
 
+@pytest.mark.parametrize("names", [["a", "a", None], ["a", None, "a"]], ids=["neighbours", "apart"])
+def test_tokens_of_a_mixed_batch_may_be_changed_before_the_backward(names):
+    ours, _ = twins(adapters=ADAPTERS)
+    A, ids, found = ours.emb.lora_embedding_A["a"].requires_grad_(), torch.arange(6).reshape(3, 2) % (TOKENS - 1), []
+    for step in (0, 1):
+        y = ours.emb(own := ids.clone(), adapter_names=names)
+        own += step
+        found += torch.autograd.grad(y.square().sum(), A)
+    assert torch.equal(*found) and found[0].any()
+
+
 def test_torchs_default_device_and_dtype_change_nothing():
     """Of the rows of a batch, and of the scale of an embedding whose class has it as a number."""
     ours, _ = twins(adapters=ADAPTERS)

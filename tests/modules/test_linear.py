@@ -854,6 +854,27 @@ def test_mixed_batch_passes_gradients_to_x():
     assert_close(mine, other, terms=64)
 
 
+@pytest.mark.parametrize("names", [["a", "a", "b"], ["a", "b", "a"]], ids=["neighbours", "apart"])
+@pytest.mark.parametrize("change", ["after the call", "by a hook", "by the layer"])
+def test_mixed_batch_whose_input_is_changed_in_place(change, names):
+    """As in PEFT each adapter has a copy of its rows."""
+    layers, x, found = twin_layers(linear(N=K, training=False), {"a": {}, "b": {}}), torch.randn(3, K), []
+    for layer in layers:
+        layer.lora_A["a"].weight.requires_grad_()
+        own = x.clone()
+        if change == "by a hook":
+            layer.lora_A["a"].register_forward_pre_hook(lambda module, args: (args[0].mul_(2),))
+        elif change == "by the layer":
+            layer.base_layer.register_forward_hook(lambda module, args, y: args[0])
+        y = layer(own, adapter_names=names)
+        assert torch.equal(own, x) == (change != "by the layer")
+        if change == "after the call":
+            own.zero_()
+        found.append((y, *torch.autograd.grad(y.square().sum(), layer.lora_A["a"].weight)))
+    for mine, other in zip(*found, strict=True):
+        assert_close(mine, other, terms=64)
+
+
 # ---- memory, compile, autocast, copies
 
 
