@@ -185,7 +185,8 @@ class MixedBatch(Context):
             layout = call.layout(path, x)
             key = layout, call.sequences, x.shape[:-1], x.device
             if key not in self._rows:
-                self._rows[key] = self._split(x, None if layout is None else layout.sequence_of_row, call.sequences)
+                with torch.inference_mode(False):  # of use in a call with gradients, too
+                    self._rows[key] = self._split(x, None if layout is None else layout.sequence_of_row, call.sequences)
             return self._rows[key]
         finally:
             if direct:

@@ -280,6 +280,8 @@ class FusedLoraBehaviour(_Layer):
         changed = self._changed_rows(x, names)
         result = self.base_layer(x)
         flat_x, flat = _rows(x), _rows(result)
+        if 0 in flat.stride():  # expanded: what is added to one row would be added to others
+            flat = flat.contiguous()
         plain = self._plain_factors(flat, flat_x, names)
         for i, name in enumerate(names):
             rows = rows_of[name]

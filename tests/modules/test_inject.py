@@ -569,6 +569,19 @@ def test_generate_with_a_left_padded_mixed_batch(beams):
     assert any(tuple(mixed[row].tolist()) not in seen for row in (1, 2))  # the names made a difference
 
 
+@pytest.mark.parametrize("rows", [["one", "two", "one"], ["one", "one", "two"]], ids="-".join)
+def test_a_mixed_batch_of_inference_mode_and_of_gradients(rows):
+    """Which rows are whose is found in the first."""
+    ours, _ = twin_models(llama(), TWO)
+    ids = tokens()
+    with fused_lora.adapter_batch(ours, rows):
+        with torch.inference_mode():
+            first = output(ours, ids)
+        second = output(ours, ids)
+    assert_close(second, first, terms=1000)
+    second.sum().backward()
+
+
 def test_an_exception_ends_the_mixed_batch():
     ours, _ = twin_models(llama(), TWO)
     ids = tokens()

@@ -875,6 +875,19 @@ def test_mixed_batch_whose_input_is_changed_in_place(change, names):
         assert_close(mine, other, terms=64)
 
 
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("names", [["a", "b", "__base__"], ["a", "a", "b"], ["a", "b", "a"]], ids="-".join)
+def test_mixed_batch_over_an_expanded_output(names, grad):
+    """Rows of one memory, each with a term of its own."""
+    layer, _ = twin_layers(linear(training=False), {"a": {}, "b": {}})
+    x, y = torch.randn(3, K), torch.randn(1, N)
+    layer.base_layer.register_forward_hook(lambda module, args, _: y.clone().expand(len(args[0]), N))
+    with torch.set_grad_enabled(grad):
+        mixed = layer(x, adapter_names=names)
+        alone = [layer(x[i : i + 1], adapter_names=[name]) for i, name in enumerate(names)]
+    assert_close(mixed, torch.cat(alone), terms=64)
+
+
 # ---- memory, compile, autocast, copies
 
 
