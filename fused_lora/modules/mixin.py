@@ -27,7 +27,7 @@ from fused_lora.modules.fusable import why_inference, why_not_plain, why_not_pla
 from fused_lora.modules.mixed import MixedBatch, numbers_of, rows_by_name
 from fused_lora.modules.offload import is_sharded, refuse_sharded
 from fused_lora.ops.checks import as_float, as_scaling, is_known
-from fused_lora.ops.linear.op import Memory, _autocasts, _rows, keeps_inference, recalled
+from fused_lora.ops.linear.op import Memory, _autocast_dtype, _autocasts, _rows, keeps_inference, recalled
 from fused_lora.ops.term.op import known_term, lora_term
 from fused_lora.ops.term.rows import lora_term_on_rows
 
@@ -306,9 +306,11 @@ class FusedLoraBehaviour(_Layer):
     def _plain_factors(self, flat: Tensor, x: Tensor, names: list[str]) -> tuple | None:
         """A and B of each adapter, where two products and a sum in place are all; it takes half the time.
 
-        None where something learns, listens or drops, and where dtypes differ.
+        None where something learns, listens or drops, and where dtypes differ, be it by autocast.
         """
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or why_transformed():
+            return None
+        if _autocast_dtype(flat) not in (None, flat.dtype):  # one product's output would not fit the other
             return None
         operands = self._operands(x, names)
         if operands is None or any(operands[-1]):

@@ -300,6 +300,22 @@ def test_inference_of_few_rows_on_a_gpu_is_fused(dtype, device, kernels_on, monk
             assert found == (reason if expected else None), (rows, of)
 
 
+@pytest.mark.parametrize("names", [["a", "a", "b"], ["a", "b", "a"]], ids=["neighbours", "apart"])
+@pytest.mark.parametrize("autocast", [BF16, F16], ids=str)
+def test_a_mixed_batch_of_few_rows_under_autocast(autocast, names, monkeypatch):
+    """The base gives x's dtype there, autocast's products another."""
+    monkeypatch.setattr("fused_lora.bases.bitsandbytes_4bit._reads_4_bits", lambda module, x: True)  # as on a GPU
+    theirs = peft_layer(linear4bit(N, K, dtype=F32, compute_dtype=F32), names=("a", "b")).eval()
+    ours, x = our_layer(theirs).eval(), torch.randn(3, K)
+    for layer in (ours, theirs):
+        layer.base_layer.set_compute_type(x)
+        layer.base_layer.compute_type_is_set = True
+    with torch.no_grad(), torch.autocast("cpu", autocast):
+        found = [layer(x, adapter_names=names) for layer in (ours, theirs)]
+    assert found[0].dtype is found[1].dtype is F32
+    assert_close(*found, terms=K)
+
+
 def test_compiled_layers_call_the_base():
     layer = our_layer(peft_layer(linear4bit(N, K)))
     x, g = torch.randn(M, K), torch.randn(M, N)
