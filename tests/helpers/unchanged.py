@@ -37,7 +37,9 @@ def state(model: nn.Module) -> dict[str, Any]:
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):  # keys of hooks count on
         return [_plain(held) if isinstance(key, int) else (key, _plain(held)) for key, held in value.items()]
-    if isinstance(value, list | tuple | set):
+    if isinstance(value, set):  # of two equal ones each may have its own order
+        return sorted(map(repr, value))
+    if isinstance(value, list | tuple):
         return [_plain(held) for held in value]
     return value if isinstance(value, str | int | float | bool | None) else type(value).__name__
 
