@@ -32,6 +32,11 @@ elif not HAS_CUDA:
     os.environ["TRITON_INTERPRET"] = "1"
 
 os.environ["FUSED_LORA_TUNED"] = "off"  # what was measured on this machine changes no test
+if importlib.util.find_spec("hypothesis") is not None:  # a bare GPU image has none
+    from hypothesis import HealthCheck, settings
+
+    settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])  # no clock
+    settings.load_profile("busy")
 
 # processes that tests start import what the tests do (pytest's own pythonpath is for its process alone)
 _HERE = Path(__file__).resolve().parent
