@@ -292,10 +292,7 @@ def _layer_norm(call: Applied) -> State:
 
 @_rule("mm bmm matmul mv linear _int_mm")
 def _product(call: Applied) -> State:
-    left, right = call.args[:2]
-    if call.name == "linear":
-        return _product_of(call, left, right.t(), [])
-    return _product_of(call, left, right, [])
+    return _product_of(call, *call.args[:2], [])
 
 
 @_rule("addmm baddbmm addmv addbmm _addmm_activation")
@@ -308,7 +305,7 @@ def _product_of(call: Applied, left: Tensor, right: Tensor, added: list[Tensor])
     result = call.results[0]
     sides: list[State] = []
     one, other = call.state(left), call.state(right)
-    if call.name == "linear":
+    if call.name == "linear":  # of a weight of a class of its own: others are taken apart
         other = None if other is None else Unknown("a weight that depends on the inputs")
     for state, operand, summed in ((one, left, left.dim() - 1), (other, right, max(right.dim() - 2, 0))):
         if not isinstance(state, Owned):
@@ -325,7 +322,8 @@ def _product_of(call: Applied, left: Tensor, right: Tensor, added: list[Tensor])
 
 def _attention(call: Applied) -> list[State]:
     """Attention of query, key and value [..., rows, features], in this order."""
-    query, *others = (t for t in call.tensors() if t.dim() >= 3)
+    tensors = list(call.tensors())
+    query, *others = [t for t in tensors if t.dim() >= 3] or tensors  # masks and lengths have fewer dimensions
     if call.packed:
         return _like_first(call)
     states: list[State] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -134,6 +135,12 @@ class RowTrace(TorchDispatchMode):
         kwargs = kwargs or {}
         if self.paused:
             return func(*args, **kwargs)
+        if not types and _is_composite(func) and not _are_nested((args, kwargs)):
+            super().__enter__()
+            try:
+                return func.decompose(*args, **kwargs)
+            finally:
+                super().__exit__(None, None, None)
         if torch.Tag.inplace_view in func.tags:
             return self._turn(func, args, kwargs)
         before = self._written(func, args, kwargs)
@@ -170,7 +177,7 @@ class RowTrace(TorchDispatchMode):
     ) -> None:
         call = Applied(func, args, kwargs, out, self.state, self._packed, self.known_range, self.misplaced)
         results = call.results
-        if any(isinstance(t, Tensor) and t.is_nested for t in tree_leaves((args, kwargs, out))):  # it has no shape
+        if _are_nested((args, kwargs, out)):  # which have no shape
             for result in (*results, *written):
                 if isinstance(result, Tensor):
                     self.mark(result, call.unknown(NESTED))
@@ -225,6 +232,17 @@ class RowTrace(TorchDispatchMode):
             if isinstance(found, Owned) and found.equals(state):
                 return guess
         return Unknown("a buffer that is filled piece by piece")
+
+
+@functools.cache
+def _is_composite(func: Any) -> bool:
+    """Whether torch takes an operator apart before it comes here, but for inference mode and tensors made in it."""
+    has = functools.partial(torch._C._dispatch_has_kernel_for_dispatch_key, func.name())
+    return has("CompositeImplicitAutograd") and not (has("CPU") or has("CUDA"))
+
+
+def _are_nested(values: Any) -> bool:
+    return any(isinstance(t, Tensor) and t.is_nested for t in tree_leaves(values))
 
 
 class _Alone(RowTrace):

@@ -113,6 +113,12 @@ OPERATIONS = {
     "pair products": (lambda x: x[:, 0] @ x[:, 0].T, None),
     "residual after a gather": (lambda x: x + x[torch.tensor([1, 0, 2])] * 0, 0),
     "times statistics": (lambda x: x * x.detach().mean().sign().abs(), 0),
+    "linear of pairs": (lambda x: F.linear(x[:, 0], x[:, 1]), None),
+    "linear with a bias of the batch": (lambda x: F.linear(x[:, 0], W[:B], x[:, 1, 0]), None),
+    "linear over the batch": (lambda x: F.linear(x[:, 0].T, x[:, 0].T), None),
+    "linear of a vector": (lambda x: F.linear(x, W[0]), 0),
+    "attention of matrices": (lambda x: F.scaled_dot_product_attention(x[:, 0], W, W), 0),
+    "attention of matrices over the batch": (lambda x: F.scaled_dot_product_attention(*[x[:, 0]] * 3), None),
     "cross": (lambda x: torch.cdist(x[:, 0], x[:, 0]), None),
     "lstm": (lambda x: torch.nn.LSTM(C, C, batch_first=True)(x)[0], 0),
     "gru": (lambda x: torch.nn.GRU(C, C, batch_first=True)(x)[0], 0),  # turns its result in place
@@ -141,7 +147,14 @@ def followed(operation, x):
     return out, trace.state(out)
 
 
-@torch.no_grad()
+@pytest.fixture(params=[torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"])
+def without_gradients(request):
+    """Inference mode dispatches operators whole that no_grad takes apart before."""
+    with request.param():
+        yield
+
+
+@pytest.mark.usefixtures("without_gradients")
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_a_sequences_values_are_where_the_rules_say(name):
     operation, dim = OPERATIONS[name]
