@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fused_lora.bases.foreign import why_not_added
 from fused_lora.modules import variants
+from fused_lora.modules.mixed import made_once
 from fused_lora.modules.names import some
 from fused_lora.modules.tree import CONFIGS
 from fused_lora.ops.term.op import lora_term
@@ -24,7 +25,6 @@ from fused_lora.ops.term.rows import lora_term_on_rows
 
 BEFORE = "rows before an aLoRA's invocation are the base's"
 Rows = Mapping[str, Tensor]  # of adapters that do not change all rows: the numbers of those that they do
-_KEPT = 16  # offsets whose rows are kept: all layers of a call have the same
 _STARTED = "_fused_lora_started"  # attribute of a model's cache: adapter -> which sequences have its invocation
 
 
@@ -49,25 +49,12 @@ def changed_rows(x: Tensor, offsets: Sequence[int | None] | None) -> Tensor | No
     kept = tuple([max(0, min(int(n or 0), tokens)) for n in ([None] * len(x) if offsets is None else offsets)])
     if kept == (tokens,) * len(kept):
         return None
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-        return _numbers(kept, tokens, x.device)
-    stream = None
-    if x.is_cuda:
-        if torch.cuda.is_current_stream_capturing():  # nothing is written before the replay
-            return _numbers(kept, tokens, x.device)
-        stream = torch.cuda.current_stream(x.device).cuda_stream
-    return _kept_numbers(kept, tokens, x.device, stream)
+    return made_once(_numbers, x.device, kept, tokens)
 
 
-def _numbers(kept: Sequence[int], tokens: int, device: torch.device) -> Tensor:
+def _numbers(device: torch.device, kept: Sequence[int], tokens: int) -> Tensor:
     parts = [torch.arange((i + 1) * tokens - n, (i + 1) * tokens, device=device) for i, n in enumerate(kept)]
     return torch.cat(parts)
-
-
-@functools.lru_cache(_KEPT)
-def _kept_numbers(kept: tuple[int, ...], tokens: int, device: torch.device, stream: int | None) -> Tensor:
-    with torch.inference_mode(False):  # of use in training, too
-        return _numbers(kept, tokens, device)
 
 
 def activated_forward(

@@ -20,8 +20,8 @@ from fused_lora.bases.matrices import EMBEDDING
 from fused_lora.modules.changes import CHANGING, alone, wait_for_change
 from fused_lora.modules.config import LayerTensors
 from fused_lora.modules.layer import LoraLayer, check_options, check_tensors
-from fused_lora.modules.mixed import MixedBatch, rows_by_name
-from fused_lora.modules.mixin import BASE, FusedLoraBehaviour
+from fused_lora.modules.mixed import MixedBatch
+from fused_lora.modules.mixin import FusedLoraBehaviour
 from fused_lora.modules.offload import execution_device
 from fused_lora.modules.targets import adapter_dtype, in_out_features, why_not_supported
 from fused_lora.ops.checks import as_scaling
@@ -177,15 +177,7 @@ class LoraEmbedding(EmbeddingBehaviour, LoraLayer):
 
     def _mixed_rows(self, x: Tensor, adapter_names: Sequence[str | None] | None, batch: MixedBatch | None) -> Tensor:
         """Rows of one batch under different adapters; base rows keep the embedding's bits."""
-        if self.merged:
-            raise ValueError(
-                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
-            )
-        if adapter_names is not None:
-            rows_of = rows_by_name([name or BASE for name in adapter_names], x, x.numel())
-        else:
-            assert batch is not None
-            rows_of = batch.rows(self, x.unsqueeze(-1))
+        rows_of = self._rows_of(x.unsqueeze(-1), adapter_names, batch)
         y = self.base_layer(x)
         flat, tokens = y.reshape(-1, y.shape[-1]), x.flatten().clone()  # a backward reads them after x was changed
         for name in self._present(list(rows_of)):

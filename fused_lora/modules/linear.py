@@ -15,7 +15,7 @@ from fused_lora.bases.dense import is_conv1d
 from fused_lora.modules.changes import CHANGING, alone, wait_for_change
 from fused_lora.modules.config import LayerTensors
 from fused_lora.modules.layer import LoraLayer, check_options, check_tensors
-from fused_lora.modules.mixin import BASE, Later
+from fused_lora.modules.mixin import Later
 from fused_lora.modules.offload import execution_device
 from fused_lora.modules.targets import LINEAR, adapter_dtype, in_out_features, why_not_linear
 from fused_lora.modules.variants import Magnitude
@@ -138,22 +138,20 @@ class LoraLinear(LoraLayer):
         """x [..., in_features] -> [..., out_features]. ``adapter_names`` names one adapter per row (None: base)."""
         if CHANGING:
             wait_for_change(self)
-        own, names = self.__dict__, None  # past nn.Module's __getattr__, which slows every attribute down
+        own = self.__dict__  # past nn.Module's __getattr__, which slows every attribute down
         batch = own["mixed_batch"]
         if batch is None and adapter_names is None and not (own["disable_adapters"] or own["activated"]):
             y = self._remembered_forward(x, own["active_adapters"])
             if y is not None:
                 return y
-        if adapter_names is not None:
-            if isinstance(adapter_names, str):  # its letters would pass for names
-                raise TypeError(f"adapter_names: expected one entry per row, got the str {adapter_names!r}")
-            names = [n or BASE for n in adapter_names]
+        if isinstance(adapter_names, str):  # its letters would pass for names
+            raise TypeError(f"adapter_names: expected one entry per row, got the str {adapter_names!r}")
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
             return self.base_layer(x)
-        if names is not None or batch is not None:
-            return self._mixed_forward(x, names, batch)
+        if adapter_names is not None or batch is not None:
+            return self._mixed_forward(x, adapter_names, batch)
         return self.base_layer(x) if self.merged_adapters else self._active_forward(x)
 
     def file_tensors(self, name: str) -> dict[str, tuple[Tensor | None, tuple[int, ...]]]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import lru_cache, partial
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -15,12 +15,13 @@ from torch._compile import _disable_dynamo
 from fused_lora.modules.frames import generator_around, is_running
 from fused_lora.modules.names import some
 from fused_lora.ops import guard
-from fused_lora.rows import Entries, RowFinder, Running, checked_dim, rows_of_names, rows_of_owners
+from fused_lora.rows import Entries, Layout, RowFinder, Running, checked_dim, rows_of_names, rows_of_owners
 
 _CAPTURED = (
     "adapter_batch: a CUDA graph would read the rows of this batch after its end; capture outside of it, or serve the "
     "adapters by an AdapterStore and its row_buffers"
 )
+_T = TypeVar("_T")
 Rows = dict[Any, Tensor | slice]  # of each name, which rows of a batch
 # finders by model: what one has found holds for the next batch
 _finders: WeakKeyDictionary[nn.Module, RowFinder] = WeakKeyDictionary()
@@ -38,8 +39,30 @@ def check_eval(model: nn.Module) -> None:
         raise RuntimeError("adapter_batch needs model.eval(): a mixed batch is for inference")
 
 
-def rows_by_name(adapter_names: Sequence[str | None], x: Tensor, rows: int) -> Rows:
-    """Each name's rows: the names share out x's first dimension, which ``rows`` rows lie along.
+def made_once(make: Callable[..., _T], device: torch.device, *args: Hashable) -> _T:
+    """``make(device, *args)``: tensors that nobody may change, of which all layers of a call have the same.
+
+    They are kept by stream, for another one may be quicker than what fills them. Where torch compiles or follows they
+    are made anew, and in a capture, in which nothing is written before the replay.
+    """
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return make(device, *args)
+    stream = None
+    if device.type == "cuda":
+        if torch.cuda.is_current_stream_capturing():
+            return make(device, *args)
+        stream = torch.cuda.current_stream(device).cuda_stream
+    return _kept(make, device, stream, *args)
+
+
+@lru_cache(16)
+def _kept(make: Callable[..., Any], device: torch.device, stream: int | None, *args: Hashable) -> Any:
+    with torch.inference_mode(False):  # of use in training, too
+        return make(device, *args)
+
+
+def rows_by_name(adapter_names: Sequence[str | None], x: Tensor) -> Rows:
+    """Each name's rows of x [..., K], whose first dimension the names share out.
 
     A slice where they lie together, else their numbers, int64, on x's device, for which the host does not wait.
 
@@ -47,15 +70,24 @@ def rows_by_name(adapter_names: Sequence[str | None], x: Tensor, rows: int) -> R
         ValueError: the length of x is no multiple of the number of names.
         RuntimeError: a CUDA graph is being captured, and the rows of a name lie apart.
     """
-    count = len(adapter_names)
+    count, rows = len(adapter_names), x.shape[:-1].numel()
     if (len(x) % count or rows % count) if count else len(x):
         raise ValueError(
             "Length of `adapter_names` should be the same as the number of inputs (or divide it, for beams), but "
             f"got {count} and {len(x)} respectively."
         )
-    find = rows_of_names.__wrapped__ if torch.compiler.is_compiling() else rows_of_names
-    found = find(tuple(adapter_names), rows)
-    return {name: _on(x.device, own) for name, own in found.items()}
+    return made_once(_rows_of_names, x.device, tuple(adapter_names), rows)
+
+
+def _rows_of_names(device: torch.device, names: tuple[str | None, ...], rows: int) -> Rows:
+    return {name: _on(device, own) for name, own in rows_of_names(names, rows).items()}
+
+
+def _rows_in(device: torch.device, names: tuple[str, ...], layout: Layout | None, shape: Any, sequences: int) -> Rows:
+    if layout is None:
+        return {names[0]: slice(0, shape.numel())}
+    owners = layout.sequence_of_row((*shape, 1), sequences) * len(names) // sequences
+    return {name: _on(device, own) for name, own in rows_of_owners(names, owners).items()}
 
 
 def _on(device: torch.device, numbers: Any) -> Tensor | slice:
@@ -105,7 +137,7 @@ class MixedBatch(Context):
         dim: int,
     ):
         super().__init__("adapter_batch")
-        self.names = list(names)
+        self.names = tuple(names)
         self._thread, self._generator = threading.get_ident(), generator_around()
         finder = _finders.get(model)
         if finder is None or dict(finder.layers) != dict(layers):
@@ -114,7 +146,6 @@ class MixedBatch(Context):
         self._entries = Entries(len(names), checked_dim(dim), uniform=len(set(names)) == 1)
         self._under_way = finder.calls_under_way()
         self._running: dict[int, Running] = {}  # by thread
-        self._rows: dict[tuple, Rows] = {}
         self._handles: list[Any] = []
 
     def check_around(self) -> None:
@@ -183,17 +214,7 @@ class MixedBatch(Context):
             assert call is not None
             call.note(path, x)
             layout = call.layout(path, x)
-            key = layout, call.sequences, x.shape[:-1], x.device
-            if key not in self._rows:
-                with torch.inference_mode(False):  # of use in a call with gradients, too
-                    self._rows[key] = self._split(x, None if layout is None else layout.sequence_of_row, call.sequences)
-            return self._rows[key]
+            return made_once(_rows_in, x.device, self.names, layout, x.shape[:-1], call.sequences)
         finally:
             if direct:
                 running.leave(layer, True)
-
-    def _split(self, x: Tensor, sequence_of_row: Any, sequences: int) -> Rows:
-        if sequence_of_row is None:
-            return {self.names[0]: slice(0, x.shape[:-1].numel())}
-        owners = sequence_of_row(x.shape, sequences) * len(self.names) // sequences
-        return {name: _on(x.device, own) for name, own in rows_of_owners(self.names, owners).items()}

@@ -24,7 +24,7 @@ from fused_lora.bases.requantised import rounded_bias
 from fused_lora.modules import activated, variants
 from fused_lora.modules.changes import alone
 from fused_lora.modules.fusable import why_inference, why_not_plain, why_not_plain_dropout, why_transformed
-from fused_lora.modules.mixed import MixedBatch, numbers_of, rows_by_name
+from fused_lora.modules.mixed import MixedBatch, Rows, numbers_of, rows_by_name
 from fused_lora.modules.offload import is_sharded, refuse_sharded
 from fused_lora.ops.checks import as_float, as_scaling, is_known
 from fused_lora.ops.linear.op import Memory, _autocast_dtype, _autocasts, _rows, keeps_inference, recalled
@@ -259,8 +259,8 @@ class FusedLoraBehaviour(_Layer):
     def _note_norms(self, name: str, norms: Tensor) -> None:
         """Of a DoRA adapter that is about to be merged."""
 
-    def _mixed_forward(self, x: Tensor, adapter_names: list[str] | None, batch: MixedBatch | None) -> Tensor:
-        """Rows of one batch under different adapters: base once for all, each adapter's term for its rows only.
+    def _rows_of(self, x: Tensor, adapter_names: Sequence[str | None] | None, batch: MixedBatch | None) -> Rows:
+        """Whose the rows of x [..., K] are.
 
         adapter_names: one per index of x's first dimension. batch: if None, else it knows the rows of all layers.
         """
@@ -269,10 +269,13 @@ class FusedLoraBehaviour(_Layer):
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
             )
         if adapter_names is not None:
-            rows_of = rows_by_name(adapter_names, x, x.shape[:-1].numel())
-        else:
-            assert batch is not None
-            rows_of = batch.rows(self, x)
+            return rows_by_name(adapter_names, x)
+        assert batch is not None
+        return batch.rows(self, x)
+
+    def _mixed_forward(self, x: Tensor, adapter_names: Sequence[str | None] | None, batch: MixedBatch | None) -> Tensor:
+        """Rows of one batch under different adapters: base once for all, each adapter's term for its rows only."""
+        rows_of = self._rows_of(x, adapter_names, batch)
         names = self._present(list(rows_of))
         if variants.has_magnitude(self, names):
             raise ValueError("Cannot pass `adapter_names` when DoRA is enabled.")

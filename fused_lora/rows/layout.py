@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -50,9 +49,8 @@ def layout_of(state: State, shape: Sequence[int], sequences: int) -> Layout | st
 Rows = dict[str | None, slice | np.ndarray]  # of each name: a slice where they lie together, else numbers, int64
 
 
-@lru_cache(16)  # all layers of a call ask the same
-def rows_of_names(names: tuple[str | None, ...], rows: int) -> Rows:
-    """Which rows of a batch each name has, where the names share them out in this order. Nobody may change them."""
+def rows_of_names(names: Sequence[str | None], rows: int) -> Rows:
+    """Which rows of a batch each name has, where the names share them out in this order."""
     each = rows // max(1, len(names))
     numbers = np.arange(rows, dtype=np.int64).reshape(len(names), each)
     found: Rows = {}

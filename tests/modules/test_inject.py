@@ -9,6 +9,7 @@ import threading
 import warnings
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import peft
 import pytest
@@ -18,7 +19,7 @@ from transformers import AutoModel, BertConfig, BertModel, GPT2Config, GPT2LMHea
 
 import fused_lora
 from fused_lora import AdapterNotFound, LoraConfig, LoraLinear
-from fused_lora.modules.mixed import rows_by_name
+from fused_lora.modules.mixed import made_once, rows_by_name
 from fused_lora.ops import guard
 from fused_lora.testing.numeric import DRAWS, assert_close, assert_no_worse
 from helpers import training
@@ -685,11 +686,34 @@ def test_a_capture_in_a_mixed_batch_is_refused(names, monkeypatch):
 def test_the_rows_of_names():
     x, names = torch.empty(6, 2, 3), ["a", None, "a"]
     for _ in range(2):
-        found = rows_by_name(names, x, 12)
+        found = rows_by_name(names, x)
         assert found["a"].tolist() == [0, 1, 2, 3, 8, 9, 10, 11] and found[None] == slice(4, 8)
-    assert rows_by_name(["a", "a", None], x, 12) == {"a": slice(0, 8), None: slice(8, 12)}
-    assert rows_by_name([], x[:0], 0) == {}
-    assert all(x[:, :0].view(0, 3)[rows].numel() == 0 for rows in rows_by_name(names, x[:, :0], 0).values())
+    assert rows_by_name(["a", "a", None], x) == {"a": slice(0, 8), None: slice(8, 12)}
+    assert rows_by_name([], x[:0]) == {}
+    assert all(x[:, :0].view(0, 3)[rows].numel() == 0 for rows in rows_by_name(names, x[:, :0]).values())
+
+
+def test_row_numbers_are_kept_for_the_stream_that_fills_them(monkeypatch):
+    """Another stream could read them before; a replay of a capture would fill them too late for anybody else."""
+    made, now = [], {"stream": 1, "capturing": False}
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=now["stream"]))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: now["capturing"])
+
+    def find(*args):
+        return made_once(fill, torch.device("cuda", 0), *args)
+
+    def fill(device, *args):
+        made.append((device, *args))
+        return len(made)
+
+    assert [find("a"), find("a"), find("b"), find("a")] == [1, 1, 2, 1]
+    now["stream"] = 2
+    assert [find("a"), find("a")] == [3, 3]
+    now["capturing"] = True
+    assert [find("a"), find("a")] == [4, 5]
+    with torch.inference_mode():
+        numbers = rows_by_name(["a", None, "a"], torch.empty(3, 5))["a"]
+    assert not numbers.is_inference()
 
 
 def test_a_str_as_list_of_names_is_refused():
