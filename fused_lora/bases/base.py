@@ -78,7 +78,8 @@ class Base:
     """One kind of base layer. The methods take the module; a Base has no state of its own."""
 
     bits = 0  # of a quantised weight, which has dense_weight, become_linear and copy_weight
-    in_one_pass = True  # whether it has switch_
+    in_one_pass = True  # whether it has switch_, and merges beside other layers
+    name = "weight"  # of the parameter that a merge changes
 
     def why_not_fused(self, module: nn.Module) -> str | None:
         """None when :meth:`forward` may stand in for a call of ``module``, else the reason in a few words.
@@ -107,14 +108,18 @@ class Base:
         """(K, N): in_features and out_features."""
         raise NotImplementedError
 
-    def merge_weight(self, module: nn.Module) -> Tensor | None:
-        """The floating matrix that a merge adds to in place, with an exact way back; None where there is none."""
-        raise NotImplementedError
+    def matrix(self, module: nn.Module) -> Tensor:
+        """What a merge writes: the weight; of one made in inference mode, to which torch lets nobody write, a twin."""
+        weight: Any = module._parameters[self.name]
+        if not weight.is_inference():
+            return weight
+        twin = torch.empty(0, dtype=weight.dtype, device=weight.device)
+        return twin.set_(weight.untyped_storage(), weight.storage_offset(), weight.shape, weight.stride())
 
     def why_not_merged(self, module: nn.Module) -> str | None:
         """None where :meth:`merge_` can write, else what the weight is instead."""
         # parametrized: computed anew at each use; a subclass: packed or sharded, written to by its library alone
-        return why_not_plain_weight(module._parameters.get("weight")) if self.merge_weight(module) is None else None
+        return why_not_plain_weight(module._parameters.get("weight"))
 
     def why_not_dense(self, module: nn.Module) -> str | None:
         """None where :meth:`dense_weight` and :meth:`become_linear` work, else what the weight is instead."""
@@ -127,11 +132,11 @@ class Base:
             ValueError: a finite number would become NaN or infinite. Nothing is changed.
         """
         A, B, scaling, row_scale, seed = factors  # one by one: see native.safe_in_a_child
-        return merging.merge_(_writable(module), A, B, scaling, row_scale, seed, fan_in_fan_out=fan_in_fan_out)
+        return merging.merge_(self.matrix(module), A, B, scaling, row_scale, seed, fan_in_fan_out=fan_in_fan_out)
 
     def switch_(self, module: nn.Module, record: Any, factors: Factors, fan_in_fan_out: bool) -> Any:
         """:meth:`unmerge_` and :meth:`merge_`; what either raises, with the weight and ``record`` as they were."""
-        weight, (A, B, scaling, row_scale, seed) = _writable(module), factors
+        weight, (A, B, scaling, row_scale, seed) = self.matrix(module), factors
         return merging.switch_(weight, record, A, B, scaling, row_scale, seed, fan_in_fan_out=fan_in_fan_out)
 
     def merge_later(
@@ -139,17 +144,19 @@ class Base:
     ) -> tuple[Any, Any] | None:
         """What :meth:`merge_`, or with an ``old`` record :meth:`switch_`, would do as (record, sweep), to run with
         other layers; None where it must do it."""
-        if self.merge_weight(module) is None:
+        if not self.in_one_pass:
             return None
-        return merging.merge_later(_writable(module), factors, fan_in_fan_out, old)
+        return merging.merge_later(self.matrix(module), factors, fan_in_fan_out, old)
 
     def unmerge_later(self, module: nn.Module, record: Any) -> Any:
         """What :meth:`unmerge_` would do as a sweep, or None."""
-        return None if self.merge_weight(module) is None else merging.unmerge_later(_writable(module), record)
+        if not self.in_one_pass or self.why_not_merged(module):
+            return None
+        return merging.unmerge_later(self.matrix(module), record)
 
     def unmerge_(self, module: nn.Module, record: Any) -> None:
         """Give the weight the bits of before. Raises RuntimeError, and changes nothing, where it was changed since."""
-        merging.unmerge_(_writable(module), record)
+        merging.unmerge_(self.matrix(module), record)
 
     def factors(self, record: Any, fan_in_fan_out: bool) -> Factors:
         """The adapters that were merged, frozen."""
@@ -157,8 +164,7 @@ class Base:
 
     def delta_fidelity(self, module: nn.Module, record: Any) -> float:
         """Share of the merged delta that rounding lost, ||(Wm - W) - D|| / ||D||."""
-        weight: Any = module._parameters["weight"]
-        return merging.delta_fidelity(weight, record)
+        return merging.delta_fidelity(self.matrix(module), record)
 
     def dense_weight(self, module: nn.Module, factors: Factors, dtype: torch.dtype) -> Tensor:
         """dequant(W) + D as a dense [N, K] of ``dtype``: a sum in fp32, rounded once. Nothing is changed.
@@ -239,15 +245,6 @@ class Base:
         if weight.shape != getattr(weight, "ds_shape", weight.shape):
             return "its weight is sharded by DeepSpeed ZeRO-3 (wrap the model with PEFT and call fused_lora.accelerate)"
         return f"its weight is a {type(weight).__name__} of {weight.dtype} {tuple(weight.shape)}"
-
-
-def _writable(module: nn.Module) -> Tensor:
-    """The weight; for a tensor made in inference mode, which torch lets nobody else write to, a twin."""
-    weight: Any = module._parameters["weight"]
-    if not weight.is_inference():
-        return weight
-    twin = torch.empty(0, dtype=weight.dtype, device=weight.device)
-    return twin.set_(weight.untyped_storage(), weight.storage_offset(), weight.shape, weight.stride())
 
 
 _OF_CLASS: dict[type, Base] = {}  # of the registered names, those that have been met

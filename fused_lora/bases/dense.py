@@ -58,11 +58,6 @@ class Dense(Base):
         N, K = weight.shape
         return (N, K) if self.transposed else (K, N)
 
-    def merge_weight(self, module: nn.Module) -> Tensor | None:
-        """The weight, where it is an ordinary one."""
-        weight = module._parameters.get("weight")
-        return None if why_not_plain_weight(weight) else weight
-
 
 def is_conv1d(module: nn.Module) -> bool:
     """Whether ``module`` is transformers' Conv1D (weight [K, N]) or a subclass, without importing transformers."""

@@ -231,7 +231,7 @@ class Experts(Base):
         return max(lost)
 
     def _matrices(self, module: Any) -> list[Tensor]:
-        weight = module._parameters[self.name].detach()
+        weight = self.matrix(module).detach()
         return [weight] if weight.dim() == 2 else list(weight.unbind(0))
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fused_lora.bases.base import Adapters, Base, register, why_not_plain_tensor, why_not_plain_weight
+from fused_lora.bases.base import Adapters, Base, register, why_not_plain_tensor
 from fused_lora.bases.dense import is_conv1d
 from fused_lora.ops.term.op import lora_term
 
@@ -38,13 +38,8 @@ class Foreign(Base):
             raise TypeError(f"base_layer: a {type(module).__name__} has no in_features, out_features or weight matrix")
         return K, N
 
-    def merge_weight(self, module: nn.Module) -> Tensor | None:
-        """A parameter ``weight`` that is an ordinary matrix, as a subclass of nn.Linear may have."""
-        weight = module._parameters.get("weight")
-        return None if why_not_plain_weight(weight) else weight
-
     def why_not_merged(self, module: nn.Module) -> str | None:
-        """As :meth:`Base.why_not_merged`."""
+        """None for an ordinary matrix, as a subclass of nn.Linear may have."""
         return "the weight is packed in qweight" if has_packed_weight(module) else super().why_not_merged(module)
 
     def why_not_adapted(self, module: nn.Module) -> str | None:

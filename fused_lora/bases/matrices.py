@@ -24,6 +24,8 @@ class AsMatrix(Base):
         weight = module._parameters.get("weight")
         if type(weight) is not nn.Parameter:
             return why_not_plain_weight(weight) or "a weight is no parameter"
+        if getattr(module, "groups", 1) != 1:
+            return "a convolution in groups"
         if weight.layout is not torch.strided or not weight.is_contiguous():
             return "a weight is not contiguous"
         return why_not_plain_weight(weight.detach().flatten(1)) if weight.dim() > 1 else "a weight is no matrix"
@@ -33,10 +35,6 @@ class AsMatrix(Base):
         N, K = module.weight.flatten(1).shape
         return (N, K) if self.transposed else (K, N)
 
-    def merge_weight(self, module: Any) -> Tensor | None:
-        """The weight, which is no matrix [N, K]: its own methods write it."""
-        return None if self.why_not_merged(module) else module._parameters["weight"]
-
     def why_not_adapted(self, module: Any) -> str | None:
         """As :meth:`Base.why_not_adapted`; and an embedding must not change its rows in its forward."""
         changes = getattr(module, "max_norm", None) is not None
@@ -44,23 +42,15 @@ class AsMatrix(Base):
 
     def merge_(self, module: Any, factors: Factors, fan_in_fan_out: bool) -> merging.MergeRecord:
         """As :meth:`Base.merge_`, whatever the layer's fan_in_fan_out is."""
-        A, B, scaling, row_scale, seed = factors  # one by one: see native.safe_in_a_child
-        return merging.merge_(self._matrix(module), A, B, scaling, row_scale, seed, fan_in_fan_out=self.transposed)
-
-    def unmerge_(self, module: Any, record: merging.MergeRecord) -> None:
-        """As :meth:`Base.unmerge_`."""
-        merging.unmerge_(self._matrix(module), record)
+        return super().merge_(module, factors, self.transposed)
 
     def factors(self, record: merging.MergeRecord, fan_in_fan_out: bool) -> Factors:
         """As :meth:`Base.factors`."""
-        return Factors(*merging.factors(record, self.transposed))
+        return super().factors(record, self.transposed)
 
-    def delta_fidelity(self, module: Any, record: merging.MergeRecord) -> float:
-        """As :meth:`Base.delta_fidelity`."""
-        return merging.delta_fidelity(self._matrix(module), record)
-
-    def _matrix(self, module: Any) -> Tensor:
-        return module._parameters["weight"].detach().flatten(1)  # a view: the weight is contiguous
+    def matrix(self, module: Any) -> Tensor:
+        """As :meth:`Base.matrix`."""
+        return super().matrix(module).detach().flatten(1)  # a view: the weight is contiguous
 
 
 EMBEDDING, CONVOLUTION = AsMatrix(transposed=True), AsMatrix(transposed=False)

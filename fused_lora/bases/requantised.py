@@ -102,10 +102,6 @@ class Requantised(Base):
 
     in_one_pass = False  # the old packed weight is put back as it is
 
-    def merge_weight(self, module: Any) -> None:
-        """None: so few bits hold no sum. :meth:`merge_` makes another weight."""
-        return None
-
     def merge_(self, module: Any, factors: Factors, fan_in_fan_out: bool) -> Merged:
         """dequant(W) + D, quantised again as W was, as a new parameter; the old one is kept as it is."""
         lora_A, lora_B, scaling = factors[:3]

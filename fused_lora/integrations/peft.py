@@ -423,7 +423,7 @@ def _build_accelerated(
     from peft.tuners.lora.layer import dispatch_default
 
     kind = base_of(target)
-    plain = isinstance(kind, Dense) and kind.merge_weight(target) is not None
+    plain = isinstance(kind, Dense) and kind.why_not_merged(target) is None
     if not plain or kwargs.get("parameter_name") is not None:
         return None
     built = dispatch_default(target, adapter_name, registered if config is None else config, **kwargs)

@@ -17,7 +17,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from fused_lora.bases import Base, experts
 from fused_lora.bases.base import why_not_own_call, why_not_plain_tensor, why_not_plain_weight
-from fused_lora.integrations.peft_linear import BEHAVIOURS, FUSED, AcceleratedLinear, _count, _is_number
+from fused_lora.integrations.peft_linear import BEHAVIOURS, FUSED, AcceleratedLinear, _count
 from fused_lora.modules.changes import CHANGING, wait_for_change
 from fused_lora.modules.fusable import why_inference, why_transformed
 from fused_lora.modules.mixin import FusedLoraBehaviour
@@ -75,15 +75,9 @@ class AcceleratedExperts(AcceleratedLinear):
         if self._transposed() != experts.form_of(base).is_transposed(base):
             return "the adapter's orientation is not that of the experts"
         for name in self._present(self.active_adapters):
-            for part in (self.lora_A[name], self.lora_B[name]):
-                if why := why_not_plain_weight(part._parameters.get("weight")):
-                    return why
-            if name in self.lora_variant:
-                return type(self.lora_variant[name]).__name__
-            if not _is_number(self.scaling[name]):
-                return "the scaling is no number"
-            if getattr(self.scaling[name], "requires_grad", False):
-                return "the scaling wants a gradient"
+            weights = (part._parameters.get("weight") for part in (self.lora_A[name], self.lora_B[name]))
+            if why := self._why_not_term(name) or next(filter(None, map(why_not_plain_weight, weights)), None):
+                return why
         return None
 
     def _terms(self) -> list[experts.ExpertTerm]:
@@ -103,16 +97,10 @@ class AcceleratedExperts(AcceleratedLinear):
             return False
         weight = base._parameters[self.parameter_name]
         E, *shape = (1, *weight.shape)[-3:]
-        shape = (E, *reversed(shape)) if self._transposed() else (E, *shape)
-        return all(self._stack_fits(name, shape, weight.device) for name in names)
-
-    def _stack_fits(self, name: str, shape: tuple[int, ...], device: torch.device) -> bool:
-        """Whether one adapter has matrices for a stack [experts, out, in]."""
-        A, B, r = self.lora_A[name].weight, self.lora_B[name].weight, self.r[name] * shape[0]
-        if any(why_not_plain_weight(w) or w.device != device for w in (A, B)) or name in self.lora_variant:
-            return False
-        fits = A.shape[1] == shape[2] and B.shape[0] == shape[1] and A.shape[0] == B.shape[1] and r == A.shape[0]
-        return fits and _is_number(self.scaling[name])
+        shape = tuple(reversed(shape) if self._transposed() else shape)
+        pairs = {name: (self.lora_A[name].weight, self.lora_B[name].weight) for name in names}
+        plain = all(n not in self.lora_variant and A.shape[:1] == (self.r[n] * E,) for n, (A, _) in pairs.items())
+        return plain and all(self._fits(name, *pair, shape, weight.device) for name, pair in pairs.items())
 
 
 def _wrappers(outermost: Any) -> Iterator[Any]:

@@ -286,23 +286,33 @@ class AcceleratedLinear(FusedLoraBehaviour):
         kind, weight = base_of(base), base._parameters.get("weight")
         if kind.why_not_merged(base) or weight.is_meta or not _has_own_memory(weight):
             return False
-        K, N = kind.features(base)
-        shape = (N, K) if kind.merge_weight(base) is None else tuple(weight.shape)
-        return all(self._delta_fits(name, shape, weight.device) for name in names)
+        shape = kind.features(base)[::-1] if kind.bits else tuple(weight.shape)
+        shape = shape[::-1] if self.fan_in_fan_out else shape
+        pairs = ((name, self.lora_A[name].weight, self.lora_B[name].weight) for name in names)
+        return all(self._fits(*pair, shape, weight.device) and self._bias_fits(pair[0]) for pair in pairs)
 
-    def _delta_fits(self, name: str, weight: tuple[int, ...], device: torch.device) -> bool:
-        """Whether one adapter's delta has the base weight's shape and device, and its lora_bias that of the bias."""
-        A, B = self.lora_A[name].weight, self.lora_B[name].weight
+    def _fits(self, name: str, A: Tensor, B: Tensor, shape: tuple[int, ...], device: torch.device) -> bool:
+        """Whether one adapter's delta is a plain product of this shape (N, K) and device, times a number."""
         if any(why_not_plain_weight(w) or w.device != device for w in (A, B)):
             return False
-        shape = (A.shape[1], B.shape[0]) if self.fan_in_fan_out else (B.shape[0], A.shape[1])
-        if shape != weight or A.shape[0] != B.shape[1] or not _is_number(self.scaling[name]):
-            return False
+        return (B.shape[0], A.shape[1]) == shape and A.shape[0] == B.shape[1] and _is_number(self.scaling[name])
+
+    def _bias_fits(self, name: str) -> bool:
+        """Whether its lora_bias, if any, fits the base's bias."""
+        B = self.lora_B[name].weight
         bias, base = getattr(self.lora_B[name], "bias", None), getattr(self.base_layer, "bias", None)
         if (bias is not None) != bool(self.lora_bias[name]):  # PEFT goes by what the config said
             return False
         own = base is self.base_layer._parameters.get("bias")
         return bias is None or base is None or (own and base.shape == bias.shape == (B.shape[0],))
+
+    def _why_not_term(self, name: str) -> str | None:
+        """None where an adapter is plain LoRA, and its scaling a number: of layers that compute nothing else."""
+        if name in self.lora_variant:
+            return type(self.lora_variant[name]).__name__
+        if not _is_number(self.scaling[name]):
+            return "the scaling is no number"
+        return "the scaling wants a gradient" if getattr(self.scaling[name], "requires_grad", False) else None
 
     def _is_finite(self) -> bool:
         """Whether the weight as it is, if not quantised, has no NaN and no infinity: PEFT's safe merge asks the sum."""

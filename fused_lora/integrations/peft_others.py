@@ -9,14 +9,7 @@ from torch import Tensor, nn
 from fused_lora.bases import Base
 from fused_lora.bases.base import why_not_own_call, why_not_plain_tensor
 from fused_lora.bases.matrices import CONVOLUTION, EMBEDDING
-from fused_lora.integrations.peft_linear import (
-    BEHAVIOURS,
-    FUSED,
-    AcceleratedLinear,
-    _count,
-    _has_own_memory,
-    _is_number,
-)
+from fused_lora.integrations.peft_linear import BEHAVIOURS, FUSED, AcceleratedLinear, _count
 from fused_lora.modules.changes import CHANGING, wait_for_change
 from fused_lora.modules.embedding import EmbeddingBehaviour, Factor, embed_scale
 from fused_lora.modules.fusable import why_not_here
@@ -29,41 +22,23 @@ class _ExactMerges(AcceleratedLinear):
     kind: Base
     fan_in_fan_out = False  # convolutions have no such attribute
 
-    def why_not_fused(self) -> str | None:
-        """Why a call runs PEFT's own forward; None where it does not."""
-        raise NotImplementedError
-
-    def _pair(self, name: str) -> tuple[Tensor, Tensor]:
-        """lora_A [r, K] and lora_B [N, r] of one adapter."""
-        raise NotImplementedError
-
     def _parts(self, names: list[str]) -> list[Any]:
         return [part for name in names for part in (*map(Factor, self._pair(name)), self.lora_dropout[name])]
 
     def _merge_place(self) -> tuple[nn.Module, Base]:
         return self.get_base_layer(), self.kind
 
-    def _why_not_merged(self) -> str | None:
-        return self.kind.why_not_merged(self.get_base_layer())
-
     def _with_bias(self, names: list[str]) -> list[str]:
         return []
 
     def _fits_exactly(self, names: list[str]) -> bool:
-        if self._why_not_merged():
+        base = self.get_base_layer()
+        if self.kind.why_not_merged(base) or base.weight.is_meta:
             return False
-        weight = self.get_base_layer()._parameters["weight"]
-        if weight.is_meta or not _has_own_memory(weight.detach().flatten(1)):
+        if any(name in self.lora_variant or self.lora_bias.get(name) for name in names):
             return False
-        return all(self._fits(name, weight) for name in names)
-
-    def _fits(self, name: str, weight: Tensor) -> bool:
-        if name in self.lora_variant or self.lora_bias.get(name) or not _is_number(self.scaling[name]):
-            return False
-        A, B = self._pair(name)
-        shape = (A.shape[1], B.shape[0]) if self.kind is EMBEDDING else (B.shape[0], A.shape[1])
-        plain = all(why_not_plain_tensor(t) is None and t.device == weight.device for t in (A, B))
-        return plain and shape == tuple(weight.flatten(1).shape) and A.shape[0] == B.shape[1]
+        (K, N), device = self.kind.features(base), base.weight.device
+        return all(self._fits(name, *self._pair(name), (N, K), device) for name in names)
 
 
 class AcceleratedEmbedding(EmbeddingBehaviour, _ExactMerges):
@@ -99,15 +74,9 @@ class AcceleratedEmbedding(EmbeddingBehaviour, _ExactMerges):
         if base.max_norm is not None or why_not_own_call(base, "the base layer"):
             return why_not_own_call(base, "the base layer") or "max_norm changes rows"
         for name in names:
-            if name in self.lora_variant:
-                return type(self.lora_variant[name]).__name__
-            for part in self._pair(name):
-                if why := why_not_plain_tensor(part, "a part of the adapter"):
-                    return why
-            if not _is_number(self.scaling[name]):
-                return "the scaling is no number"
-            if getattr(self.scaling[name], "requires_grad", False):
-                return "the scaling wants a gradient"
+            reasons = (why_not_plain_tensor(part, "a part of the adapter") for part in self._pair(name))
+            if why := self._why_not_term(name) or next(filter(None, reasons), None):
+                return why
         return None
 
 
@@ -126,10 +95,6 @@ class AcceleratedConvolution(_ExactMerges):
     def why_not_fused(self) -> str:
         """Always a reason: two convolutions are two calls of the library."""
         return "a convolution runs PEFT's own forward"
-
-    def _why_not_merged(self) -> str | None:
-        base = self.get_base_layer()
-        return super()._why_not_merged() if base.groups == 1 else "a convolution in groups"
 
     def _pair(self, name: str) -> tuple[Tensor, Tensor]:
         return self.lora_A[name].weight.flatten(1), self.lora_B[name].weight.flatten(1)

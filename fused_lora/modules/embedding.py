@@ -21,7 +21,7 @@ from fused_lora.modules.changes import CHANGING, alone, wait_for_change
 from fused_lora.modules.config import LayerTensors
 from fused_lora.modules.layer import LoraLayer, check_options, check_tensors
 from fused_lora.modules.mixed import MixedBatch
-from fused_lora.modules.mixin import FusedLoraBehaviour
+from fused_lora.modules.mixin import FusedLoraBehaviour, wide
 from fused_lora.modules.offload import execution_device
 from fused_lora.modules.targets import adapter_dtype, in_out_features, why_not_supported
 from fused_lora.ops.checks import as_scaling
@@ -200,13 +200,7 @@ class LoraEmbedding(EmbeddingBehaviour, LoraLayer):
     def get_delta_weight(self, adapter: str) -> Tensor:
         """s (B A)^T of one adapter [tokens, dim], in the adapter's dtype."""
         A, B = self._pair(adapter)
-        return ((B.float() @ A.float()).t() * self._scaling(adapter)).to(B.dtype)
-
-    def _merge_later(self, names: list[str], old: object = None) -> None:
-        return None
-
-    def _unmerge_later(self) -> None:
-        return None
+        return ((wide(B) @ wide(A)).t() * self._scaling(adapter)).to(B.dtype)
 
     def extra_repr(self) -> str:
         return f"tokens={self.in_features}, dim={self.out_features}, active={self.active_adapters}"

@@ -23,10 +23,11 @@ from fused_lora.modules.auxiliary import InPlaceOf
 from fused_lora.modules.changes import CHANGING, alone, wait_for_change
 from fused_lora.modules.config import WITH_PARAMETERS, LayerTensors, LoraConfig
 from fused_lora.modules.fusable import why_not_here, why_not_plain_dropout
-from fused_lora.modules.layer import LoraLayer, check_options, check_tensors
+from fused_lora.modules.layer import LoraLayer, check_options
 from fused_lora.modules.linear import draw
 from fused_lora.modules.merged_state import MergedState
 from fused_lora.modules.mixed import MixedBatch, numbers_of
+from fused_lora.modules.mixin import wide
 from fused_lora.modules.targets import (
     ALL_LINEAR,
     all_linear,
@@ -259,9 +260,7 @@ class LoraStack(LoraLayer):
             raise ValueError(f"ranks: expected {self.experts} ranks from 1 to {r}, got {list(ranks)}")
         self._check_new(adapter_name)
         K, N, rows = self.in_features, self.out_features, r * self.experts
-        if tensors is not None:
-            check_tensors(tensors, (rows, K), (N, rows), None, None)
-        elif init_lora_weights not in RANDOM:
+        if tensors is None and init_lora_weights not in RANDOM:
             raise ValueError(f"init_lora_weights: expected one of {RANDOM} for experts, got {init_lora_weights!r}")
         A, B = draw(K, N, rows, init_lora_weights, tensors=tensors, experts=self.experts)
         for e, rank in enumerate(ranks or ()) if tensors is None else ():
@@ -311,8 +310,8 @@ class LoraStack(LoraLayer):
     def get_delta_weight(self, adapter: str) -> Tensor:
         """s B_e A_e of each expert, laid out as the parameter, in the adapter's dtype."""
         A, B = (part[adapter].weight for part in (self.lora_A, self.lora_B))
-        A, B = experts.unpacked(A.float(), B.float(), self.experts)
-        delta = (B @ A * self._scaling(adapter)).to(self.lora_B[adapter].weight.dtype)
+        unpacked_A, unpacked_B = experts.unpacked(wide(A), wide(B), self.experts)
+        delta = (unpacked_B @ unpacked_A * self._scaling(adapter)).to(B.dtype)
         return (delta.transpose(1, 2) if self.transposed else delta).reshape(self.weight.shape)
 
     def _merge_place(self) -> tuple[nn.Module, Base]:

@@ -230,10 +230,10 @@ class FusedLoraBehaviour(_Layer):
         for name, A, B_layer, drop in zip(names, parts[::3], parts[1::3], parts[2::3], strict=True):
             B, s, lora_bias = B_layer._parameters["weight"], self._scaling(name), B_layer._parameters["bias"]
             if lora_bias is not None:  # s_i times each lora_bias, in fp32 or wider
-                term = lora_bias.to(_wide(lora_bias.dtype)) * s
+                term = wide(lora_bias) * s
                 bias = term if bias is None else bias + term
             if isinstance(s, Tensor):
-                B, s = B.to(_wide(B.dtype)) * s, 1.0
+                B, s = wide(B) * s, 1.0
             lora_A.append(A._parameters["weight"])
             lora_B.append(B)
             scaling.append(s)
@@ -373,18 +373,18 @@ class FusedLoraBehaviour(_Layer):
     def _merge_later(self, names: list[str], old: _Merge | None = None) -> Later | None:
         """What :meth:`_merge_names`, or in place of an ``old`` merge :meth:`_switch`, would do, to run with other
         layers; None where it must do that itself."""
-        base = self._modules["base_layer"]
+        base, kind = self._merge_place()
         weight = base._parameters.get("weight")
         if self.merge_state is not old or bool(self.merged) != (old is not None):
             return None
-        if self._with_bias(names) or base_of(base).why_not_merged(base):
+        if self._with_bias(names) or kind.why_not_merged(base):
             return None
         if (weight is not None and weight.is_meta) or is_sharded(self):
             return None
-        if base_of(base).bits and variants.has_magnitude(self, names):
+        if kind.bits and variants.has_magnitude(self, names):
             return None
         record = None if old is None else old.record
-        found = base_of(base).merge_later(base, variants.factors(self, names), self.fan_in_fan_out, record)
+        found = kind.merge_later(base, variants.factors(self, names), self.fan_in_fan_out, record)
         return None if found is None else Later(self, _Merge(found[0]), names, found[1])
 
     def _switches(self, names: list[str]) -> bool:
@@ -406,10 +406,10 @@ class FusedLoraBehaviour(_Layer):
 
     def _unmerge_later(self) -> Later | None:
         """The same of :meth:`unmerge`."""
-        base, state = self._modules["base_layer"], self.merge_state
+        state, (base, kind) = self.merge_state, self._merge_place()
         if state is None or state.bias_after is not None or is_sharded(self):
             return None
-        sweep = base_of(base).unmerge_later(base, state.record)
+        sweep = kind.unmerge_later(base, state.record)
         return None if sweep is None else Later(self, None, [], sweep)
 
     def _write(self, state: _Merge, bias: Tensor | None, names: list[str]) -> None:
@@ -550,10 +550,10 @@ class FusedLoraBehaviour(_Layer):
         if bias is None:
             raise RuntimeError("Impossible to merge LoRA with `lora_bias=True` because the base layer has no bias.")
         held = None if self.merge_state is None else self.merge_state.bias_after
-        total = bias.data.to(_wide(bias.dtype)) if held is None else held.to(bias.device)
+        total = wide(bias.data) if held is None else held.to(bias.device)
         for name in with_bias:
             term = self.lora_B[name].bias.data
-            total = total + term.to(_wide(term.dtype)) * as_float("scaling", self.scaling[name])
+            total = total + wide(term) * as_float("scaling", self.scaling[name])
         if not torch.isfinite(total.to(dtype or bias.dtype)).all():
             raise ValueError(f"NaNs or infinities detected in the merged bias; the adapters {names} seem to be broken")
         return total
@@ -590,5 +590,6 @@ def _bias_changed(bias: Tensor | None, state: _Merge) -> bool:
     return after is not None and (bias is None or not torch.equal(bias.data, after.to(bias)))
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
+def wide(tensor: Tensor) -> Tensor:
+    """In fp32, or as it is where that is wider."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -67,10 +67,10 @@ def test_features_of_a_module_that_has_none():
 
 def test_weights_for_a_merge():
     for module in (nn.Linear(K, N), Conv1D(N, K), Doubled(K, N)):
-        assert base_of(module).merge_weight(module) is module.weight
-    assert base_of(Opaque()).merge_weight(Opaque()) is None
+        assert base_of(module).why_not_merged(module) is None and base_of(module).matrix(module) is module.weight
+    assert base_of(Opaque()).why_not_merged(Opaque()) == "a weight is not a parameter of its own"
     linear = nn.utils.parametrizations.weight_norm(nn.Linear(K, N))
-    assert base_of(linear).merge_weight(linear) is None
+    assert base_of(linear).why_not_merged(linear) == "a weight is not a parameter of its own"
 
 
 CHANGES = {
@@ -175,9 +175,6 @@ def test_a_kind_of_base_is_one_class(kinds):
 
         def features(self, module):
             return K, N
-
-        def merge_weight(self, module):
-            return None
 
     kind = register(Packed(), f"{Opaque.__module__}.{Opaque.__qualname__}")
     assert base_of(Opaque()) is kind

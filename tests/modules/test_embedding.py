@@ -246,3 +246,19 @@ def test_what_is_refused():
         fused_lora.inject(tied, config(init_lora_weights=False))
     with pytest.raises(RuntimeError, match="emb: the weight is shared by .*'lin.weight'.*"):
         fused_lora.merge(tied)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_an_embedding_made_in_inference_mode_is_merged(dtype, inside):
+    """Plain torch merges float64, and lets nobody write to a tensor of inference mode outside of it."""
+    with torch.inference_mode():
+        net = Net(dtype)
+    before = net.emb.weight.clone()
+    fused_lora.inject(net, fused_lora.LoraConfig(target_modules=["emb"], init_lora_weights=False))
+    with torch.inference_mode(inside):
+        fused_lora.merge(net)
+        exact = before + net.emb.get_delta_weight("default").to(dtype)
+        assert_close(net.emb.weight, exact, terms=100)
+        fused_lora.unmerge(net)
+    assert torch.equal(bits(net.emb.weight), bits(before))

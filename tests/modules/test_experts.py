@@ -309,6 +309,20 @@ def test_merges_come_back(name, dtype):
     assert_bits(ours, before)
 
 
+def test_experts_made_in_inference_mode_are_merged(loops):
+    """Plain torch writes to their tensors as to others."""
+    with torch.inference_mode():
+        block = Block("qwen3_moe", torch.float32)
+    config = fused_lora.LoraConfig(target_modules=[], target_parameters=[*PARTS], init_lora_weights=False)
+    ours = fused_lora.inject(block, config)
+    before = parameter_bits(ours)
+    for names in (["default"], ["default"]):
+        fused_lora.merge(ours, names)
+        assert not torch.equal(ours.experts.down_proj.weight, before["experts.base_layer.down_proj"])
+        fused_lora.unmerge(ours)
+    assert_bits(ours, before)
+
+
 def test_a_switch_of_stacks(loops, monkeypatch):
     """The bits of an unmerge and a merge; in C two calls for the experts of a stack; refused, nothing is changed."""
     ours, _ = twins(Block(dtype=torch.bfloat16), {"a": {}, "b": {"r": 2}})
@@ -569,6 +583,11 @@ def test_float64_experts_of_llama_4():
     ids = torch.arange(ROWS * 5)
     assert ours(ids).dtype is torch.float64
     assert_close(ours(ids), theirs(ids), terms=1000)
+    wrapper = theirs.base_model.model.experts
+    while wrapper.parameter_name != "down_proj":
+        wrapper = wrapper.base_layer
+    delta = ours.experts.down_proj.get_delta_weight("default")
+    assert_close(delta, wrapper.get_delta_weight("default").detach(), terms=10)
 
 
 @pytest.mark.filterwarnings("ignore")
