@@ -209,21 +209,14 @@ class LoraConfig:
                 _check_items(name, value, str)
             elif not isinstance(value, (str, type(None))):
                 raise FieldTypeError(name, "a list of names, one regular expression or None", value)
-        layers, pattern = self.layers_to_transform, self.layers_pattern
-        if isinstance(layers, (list, tuple)):
-            _check_items("layers_to_transform", layers, int)
-        elif layers is not None:
-            _check_items("layers_to_transform", [layers], int)
-        if isinstance(pattern, (list, tuple)):
-            _check_items("layers_pattern", pattern, str)
-        elif pattern is not None:
-            _check_items("layers_pattern", [pattern], str)
-        if isinstance(self.target_modules, str) and layers is not None:
-            raise FieldValueError("layers_to_transform", "None when target_modules is a str", layers)
-        if isinstance(self.target_modules, str) and pattern is not None:
-            raise FieldValueError("layers_pattern", "None when target_modules is a str", pattern)
-        if pattern and layers is None:
-            raise FieldValueError("layers_pattern", "None without layers_to_transform", pattern)
+        for name, kind in (("layers_to_transform", int), ("layers_pattern", str)):
+            value = getattr(self, name)
+            if value is not None:
+                _check_items(name, value if isinstance(value, (list, tuple)) else [value], kind)
+                if isinstance(self.target_modules, str):
+                    raise FieldValueError(name, "None when target_modules is a str", value)
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise FieldValueError("layers_pattern", "None without layers_to_transform", self.layers_pattern)
 
     def _validate_patterns(self) -> None:
         for name, check in (("rank_pattern", check_rank), ("alpha_pattern", check_alpha)):
@@ -237,11 +230,7 @@ class LoraConfig:
 
     def _validate_saved(self) -> None:
         names, tokens = self.modules_to_save, self.trainable_token_indices
-        if not isinstance(names, (list, tuple, type(None))):
-            raise FieldTypeError("modules_to_save", "a list of names or None", names)
-        _check_items("modules_to_save", names or (), str)
-        if not all(names or ()):
-            raise FieldValueError("modules_to_save", "a list of names that are not empty", names)
+        _check_names("modules_to_save", names)
         for name, indices in (tokens if isinstance(tokens, dict) else {"": tokens}).items():
             if tokens is None:
                 break
@@ -256,11 +245,7 @@ class LoraConfig:
 
     def _validate_parameters(self) -> None:
         names = self.target_parameters
-        if not isinstance(names, (list, type(None))):
-            raise FieldTypeError("target_parameters", "a list of names or None", names)
-        _check_items("target_parameters", names or (), str)
-        if not all(names or ()):
-            raise FieldValueError("target_parameters", "a list of names that are not empty", names)
+        _check_names("target_parameters", names)
         for name, value in WITH_PARAMETERS.items() if names else ():
             if getattr(self, name) != value:
                 raise FieldValueError(name, f"{value!r} with target_parameters", getattr(self, name))
@@ -389,6 +374,14 @@ def _check_items(name: str, values: Any, kind: type) -> None:
             raise FieldTypeError(name, f"made of {kind.__name__} values only", value)
         if kind is int and value < 0:
             raise FieldValueError(name, "made of numbers that are not negative", value)
+
+
+def _check_names(name: str, values: Any) -> None:
+    if not isinstance(values, (list, tuple, type(None))):
+        raise FieldTypeError(name, "a list of names or None", values)
+    _check_items(name, values or (), str)
+    if not all(values or ()):
+        raise FieldValueError(name, "a list of names that are not empty", values)
 
 
 def check_number(name: str, value: Any, part: str = "") -> None:

@@ -316,9 +316,7 @@ def draw(
             "init_lora_weights: 'eva' draws lora_A from data; let peft.initialize_lora_eva_weights draw it, save the "
             "PEFT model, and load the folder with fused_lora.load_adapter"
         )
-    if init == "orthogonal" and (r % 2 or experts > 1):
-        if experts > 1:
-            raise ValueError("init_lora_weights: expected True, False or 'gaussian' for experts, got 'orthogonal'")
+    if init == "orthogonal" and r % 2:
         raise ValueError(f"init_lora_weights: 'orthogonal' needs an even rank, got {r}")
     A, B = nn.Linear(K, r, bias=False), nn.Linear(r, N, bias=lora_bias)
     if init is False:
