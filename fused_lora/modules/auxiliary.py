@@ -227,7 +227,9 @@ class TrainedTokens(MergedState, Auxiliary):
         hit = ordered[place] == x
         padding = [i for i, token in enumerate(self.owner.token_indices[name]) if token == base.padding_idx]
         own = F.embedding(order[place], rows, padding_idx=padding[0] if padding else None)
-        return torch.where(hit.unsqueeze(-1), (own * getattr(base, "embed_scale", 1.0)).to(y.dtype), y)
+        scale = getattr(base, "embed_scale", 1.0)
+        scale = scale.to(own.dtype) if isinstance(scale, Tensor) else scale  # as Gemma's own forward rounds it
+        return torch.where(hit.unsqueeze(-1), (own * scale).to(y.dtype), y)
 
     def merge(self, safe_merge: bool, names: list[str]) -> None:
         """Write the rows of these adapters into the base weight. They are restored by :meth:`unmerge`.

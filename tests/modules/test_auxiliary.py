@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForSequenceClassification
+from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 
 import fused_lora
 from fused_lora import AdapterError, AdapterStore, LoraConfig
@@ -362,6 +363,16 @@ def test_dtypes_are_pefts(dtype, tmp_path):
 
 
 HEADS = {"SEQ_CLS": "score", "TOKEN_CLS": "score", "QUESTION_ANS": "qa_outputs"}
+
+
+def test_rows_of_tokens_are_scaled_as_the_embedding_scales():
+    """In the weight's dtype: a scale that is held in fp32 would give new rows other bits than those they begin as."""
+    scaled = Gemma3TextScaledWordEmbedding(VOCABULARY, 12, 0, embed_scale=55.4256)
+    scaled.weight.data = scaled.weight.data.bfloat16()
+    net = nn.Sequential(scaled, nn.Linear(12, 4).bfloat16())
+    before = scaled(IDS)
+    fused_lora.inject(net, LoraConfig(target_modules=["1"], trainable_token_indices={"0": TOKENS}))
+    assert scaled.embed_scale.dtype is torch.float32 and torch.equal(net[0](IDS), before)
 
 
 @pytest.mark.parametrize("task", HEADS)
