@@ -166,6 +166,8 @@ class MixedBatch(Context):
         """End :meth:`attach`."""
         for handle in self._handles:
             handle.remove()
+        if (running := self._running.pop(threading.get_ident(), None)) is not None:
+            running.close()
 
     def _before(self, path: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
         _break_graph()

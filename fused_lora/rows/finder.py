@@ -416,6 +416,8 @@ class Running:
 
     def enter(self, path: str, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call | None:
         """Before a module: the call, if this one is from outside. Raises ValueError as :meth:`RowFinder.begin`."""
+        if self.call is not None and self.call.module is module and _calls_of(module) <= self.call.depth:
+            self.close()
         if self.call is not None:
             self.call.depth += self.call.module is module
             return None
@@ -438,6 +440,21 @@ class Running:
         self.call = None
         self._finder.end(call, self._ending, complete)
         return call
+
+    def close(self) -> None:
+        """End a call of this thread that an interrupt has broken off, after which torch calls no hook."""
+        call, self.call = self.call, None
+        if call is not None:
+            self._finder.end(call, self._ending, False)
+
+
+def _calls_of(module: nn.Module) -> int:
+    """How many calls of a module this thread is in."""
+    count, frame = 0, sys._getframe()
+    while frame is not None:
+        count += frame.f_code is _CALL and frame.f_locals.get("self") is module
+        frame = frame.f_back
+    return count
 
 
 def _check_order() -> None:

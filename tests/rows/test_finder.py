@@ -405,3 +405,32 @@ def test_packed_rows_are_followed_too():
     at = Door("store", Model(lambda block, x: block.up(x[:, x[0, :, 0].argsort()])))
     with at.store.batch_rows(["a", "b"], [2, 3]), pytest.raises(ValueError, match="rows picked by their numbers"):
         at.model(x)
+
+
+def interrupted(module, args):
+    raise KeyboardInterrupt
+
+
+@door
+def test_a_call_that_an_interrupt_broke_off_is_followed_no_longer(kind):
+    """torch calls no hook after an interrupt. The next call in the batch is one of the model again."""
+    at, x, names = Door(kind, Model()), torch.randn(3, 4, K), ["a", None, "b"]
+    with torch.no_grad(), at.batch(names):
+        hook = at.model.layers[0].up.register_forward_pre_hook(interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            at.model(x)
+        hook.remove()
+        out = at.model(x)
+        assert not torch._C._len_torch_dispatch_stack()
+        for i, name in enumerate(names):
+            assert_close(out[i], at.alone(name)(x[i : i + 1])[0], terms=1000)
+
+
+def test_an_interrupt_that_ends_a_batch_ends_its_mode():
+    at, x, names = Door("adapter_batch", Model()), torch.randn(3, 4, K), ["a", None, "b"]
+    hook = at.model.layers[0].up.register_forward_pre_hook(interrupted)
+    with pytest.raises(KeyboardInterrupt), torch.no_grad(), at.batch(names):
+        at.model(x)
+    assert not torch._C._len_torch_dispatch_stack()
+    hook.remove()
+    at.check(names, x)
