@@ -37,8 +37,9 @@ class _ExactMerges(AcceleratedLinear):
             return False
         if any(name in self.lora_variant or self.lora_bias.get(name) for name in names):
             return False
-        (K, N), device = self.kind.features(base), base.weight.device
-        return all(self._fits(name, *self._pair(name), (N, K), device) for name in names)
+        shape, device = self.kind.features(base)[::-1], base.weight.device
+        pairs = {name: self._pair(name) for name in names}
+        return all(self._fits(name, A, B, shape, device) for name, (A, B) in pairs.items())
 
 
 class AcceleratedEmbedding(EmbeddingBehaviour, _ExactMerges):

@@ -228,7 +228,8 @@ class FusedLoraBehaviour(_Layer):
         lora_A, lora_B, scaling, dropout, bias = [], [], [], [], None
         parts, magnitudes = self._parts(names), self._modules["lora_magnitude_vector"]._modules
         for name, A, B_layer, drop in zip(names, parts[::3], parts[1::3], parts[2::3], strict=True):
-            B, s, lora_bias = B_layer._parameters["weight"], self._scaling(name), B_layer._parameters["bias"]
+            B: Any = B_layer._parameters["weight"]
+            s, lora_bias = self._scaling(name), B_layer._parameters["bias"]
             if lora_bias is not None:  # s_i times each lora_bias, in fp32 or wider
                 term = wide(lora_bias) * s
                 bias = term if bias is None else bias + term

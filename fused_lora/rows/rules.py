@@ -292,7 +292,7 @@ def _layer_norm(call: Applied) -> State:
 
 @_rule("mm bmm matmul mv linear _int_mm")
 def _product(call: Applied) -> State:
-    return _product_of(call, *call.args[:2], [])
+    return _product_of(call, call.args[0], call.args[1], [])
 
 
 @_rule("addmm baddbmm addmv addbmm _addmm_activation")
