@@ -130,7 +130,7 @@ class LoraLayer(FusedLoraBehaviour, MergedState, nn.Module):
 
     @alone
     def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter. Of an active one's place the other active adapters, or the first by name, take over.
+        """Remove an adapter. If it was active, the others that are stay so; if none is, the first by name becomes it.
 
         Raises:
             ValueError: the adapter is merged.
