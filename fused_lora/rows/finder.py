@@ -416,7 +416,7 @@ class Running:
 
     def enter(self, path: str, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call | None:
         """Before a module: the call, if this one is from outside. Raises ValueError as :meth:`RowFinder.begin`."""
-        if self.call is not None and self.call.module is module and _calls_of(module) <= self.call.depth:
+        if self.call is not None and self.call.module is module and 0 < _calls_of(module) <= self.call.depth:
             self.close()
         if self.call is not None:
             self.call.depth += self.call.module is module
