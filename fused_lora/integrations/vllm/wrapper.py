@@ -15,7 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 from vllm.logger import init_logger
-from vllm.lora.layers import BaseLayerWithLoRA, FusedMoEWithLoRA, LoRAMapping, VocabParallelEmbeddingWithLoRA
+from vllm.lora.layers import (
+    BaseLayerWithLoRA,
+    FusedMoEWithLoRA,
+    LoRAMapping,
+    QKVParallelLinearWithLoRA,
+    RowParallelLinearWithLoRA,
+    VocabParallelEmbeddingWithLoRA,
+)
 from vllm.lora.model_manager import LoRAModelManager
 
 from fused_lora._version import __version__
@@ -228,7 +235,7 @@ def _replace(layer: BaseLayerWithLoRA, adapter_dtype: Any) -> Slots:
 
     @functools.wraps(set_lora)
     def set_lora_and_rank(index: int, lora_a: Any, lora_b: Any) -> None:
-        if several and getattr(layer, "tp_size", 1) == 1:  # vLLM takes the shards of what is whole
+        if several:
             _check(layer, slots, *(_parts(side) for side in (lora_a, lora_b)))
         set_lora(index, lora_a, lora_b)
         slots.set_ranks(index, _ranks(lora_b, len(B)))
@@ -244,17 +251,36 @@ def _replace(layer: BaseLayerWithLoRA, adapter_dtype: Any) -> Slots:
 
 def _check(layer: BaseLayerWithLoRA, slots: Slots, A: list[Tensor | None], B: list[Tensor | None]) -> None:
     """ValueError for an adapter of other sizes, of which vLLM would copy what fits."""
-    K, where = slots.A[0].shape[3], getattr(layer.base_layer, "prefix", type(layer).__name__)
+    K, N = _whole(layer, slots)
+    rows = [None if b is None else b.shape[0] for b in B]
+    if len(rows) == len(N):
+        fits = all(n in (None, size) for n, size in zip(rows, N, strict=True))
+    else:  # one B of several outputs
+        fits = not N or None in rows or sum(n or 0 for n in rows) == sum(N)
+    wrong = "" if fits else f"expected lora_B of {N} rows, got {rows}"
     for a in A:
         if a is not None and a.shape[1] != K:
-            raise ValueError(f"{where}: expected lora_A [r, {K}], got {list(a.shape)}: is it of another base model?")
-    rows = [None if b is None else b.shape[0] for b in B]
-    if len(rows) == len(slots.N):
-        fits = all(n in (None, size) for n, size in zip(rows, slots.N, strict=True))
-    else:  # one B of several outputs
-        fits = None in rows or sum(n or 0 for n in rows) == sum(slots.N)
-    if not fits:
-        raise ValueError(f"{where}: expected lora_B of {slots.N} rows, got {rows}: is it of another base model?")
+            wrong = f"expected lora_A [r, {K}], got {list(a.shape)}"
+    # vLLM warms up with zeros, of the sizes of one rank and one output
+    if wrong and any(b is not None and b.any() for b in B):
+        where = getattr(layer.base_layer, "prefix", type(layer).__name__)
+        raise ValueError(f"{where}: {wrong}: is it of another base model?")
+
+
+def _whole(layer: Any, slots: Slots) -> tuple[int, list[int]]:
+    """K and the columns of each output before tensor parallelism, none where a layer of one model shards its own way:
+    vLLM loads adapters whole and takes the rank's part."""
+    K, N, ranks = slots.A[0].shape[3], slots.N, getattr(layer, "tp_size", 1)
+    if ranks == 1:
+        return K, N
+    if isinstance(layer, RowParallelLinearWithLoRA):
+        return K * ranks, [layer.output_size]
+    if isinstance(layer, QKVParallelLinearWithLoRA):  # q, k and v in one matrix
+        return K, [layer.q_proj_total_size + 2 * layer.kv_proj_total_size]
+    copies = getattr(layer.base_layer, "num_kv_head_replicas", 0)  # of k and v, where ranks have no head of their own
+    if not copies:
+        return K, [n * ranks for n in N]
+    return K, [n * ranks // (copies if g else 1) for g, n in enumerate(N)] if len(N) == 3 else []
 
 
 def _ranks(lora_b: Tensor | Iterable[Tensor | None], outputs: int) -> list[int]:

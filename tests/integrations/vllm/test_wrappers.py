@@ -7,7 +7,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from vllm.lora.layers import LoRAMapping
+from vllm.lora.layers import (
+    ColumnParallelLinearWithLoRA,
+    LoRAMapping,
+    MergedColumnParallelLinearWithLoRA,
+    MergedQKVParallelLinearWithLoRA,
+    QKVParallelLinearWithLoRA,
+    RowParallelLinearWithLoRA,
+)
 from vllm.lora.punica_wrapper import punica_gpu
 
 from fused_lora.integrations.vllm.cpu import GroupedWrapperCPU
@@ -106,6 +113,65 @@ def test_a_compiled_graph_finds_the_wrapper_of_a_layer(bench, device):
         wrapper.add_lora_linear(expected, x, layer.lora_a_stacked, layer.lora_b_stacked, 1.0, N)
         torch.ops.fused_lora.vllm_lora_(y, x, layer.lora_b_stacked[0], "linear", 0)
         assert torch.equal(y, expected) and y.any()
+
+
+def test_zeros_of_any_size_are_loaded_and_other_sizes_are_refused(bench, device):
+    """vLLM warms up with an adapter of zeros. It has the rows of the first output alone where a model's checkpoint has
+    one matrix for all of them, such as a Mamba mixer's in_proj."""
+
+    class Mixer(bench.Layer):
+        loaded = ()
+
+        def set_lora(self, index, lora_a, lora_b):
+            self.loaded += (index,)
+
+    wrapper = GroupedWrapperCPU(64, 8, device, lora_config=CONFIG)
+    layer = Mixer([torch.zeros(SLOTS, 1, RANK, K) for _ in N], [torch.zeros(SLOTS, 1, n, RANK) for n in N])
+    layer.set_mapping(wrapper)
+    layer.set_lora(1, torch.zeros(8, K), torch.zeros(N[0], 8))
+    with pytest.raises(ValueError, match="of another base model"):
+        layer.set_lora(2, torch.zeros(8, K), torch.ones(N[0], 8))
+    assert layer.loaded == (1,)
+
+
+# of each class: K and the columns of each output on one of two ranks, those of the whole layer, and what slices need
+SHARDED = {
+    ColumnParallelLinearWithLoRA: ((K, [48]), (K, [96]), dict(is_merged_col_linear=False, output_size=48)),
+    RowParallelLinearWithLoRA: ((K, [48]), (2 * K, [48]), dict(input_size=K, output_size=48)),
+    MergedColumnParallelLinearWithLoRA: ((K, [48, 16]), (K, [96, 32]), dict(output_slices=(48, 16), output_ids=(1, 1))),
+    MergedQKVParallelLinearWithLoRA: (  # both ranks have the one head of k and v
+        (K, [48, 16, 16]), (K, [96, 16, 16]), dict(output_slices=(48, 16, 16), output_ids=(1, 0, 0))),
+    QKVParallelLinearWithLoRA: (
+        (K, [80]), (K, [128]), dict(
+            q_proj_total_size=96, kv_proj_total_size=16, q_proj_shard_size=48, kv_proj_shard_size=16)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("cls", SHARDED)
+def test_a_rank_takes_its_part_of_a_whole_adapter_and_of_no_other(cls, device):
+    (K_here, here), (K_whole, whole), attributes = SHARDED[cls]
+    wrapper = GroupedWrapperCPU(64, 8, device, lora_config=CONFIG)
+    layer = cls.__new__(cls)
+    torch.nn.Module.__init__(layer)
+    layer.base_layer = torch.nn.Identity()
+    if "QKV" in cls.__name__:
+        layer.base_layer.num_kv_head_replicas = 2
+    for name, value in dict(tp_size=2, tp_rank=1, n_slices=len(here), **attributes).items():
+        setattr(layer, name, value)
+    layer.lora_a_stacked = tuple(torch.zeros(SLOTS, 1, RANK, K_here) for _ in here)
+    layer.lora_b_stacked = tuple(torch.zeros(SLOTS, 1, n, RANK) for n in here)
+    layer.set_mapping(wrapper)
+
+    def load(K, N, B=torch.ones):
+        pairs = [(torch.ones(4, K), B(n, 4)) for n in N]
+        layer.set_lora(0, *(pairs[0] if len(pairs) == 1 else map(list, zip(*pairs, strict=True))))
+
+    load(K_whole, whole)
+    assert all(b[0, 0, :, :4].all() and not b[0, 0, :, 4:].any() for b in layer.lora_b_stacked)
+    for K_other, others in ((K_whole + 8, whole), (K_whole, [n + 16 for n in whole])):
+        with pytest.raises(ValueError, match="of another base model"):
+            load(K_other, others)
+    load(K_here, here, torch.zeros)  # as vLLM warms up
 
 
 def test_where_the_kernels_cannot_run_vllm_keeps_its_wrapper_on_a_gpu(no_sorts, monkeypatch, device, kernels_on):
