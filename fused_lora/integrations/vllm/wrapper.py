@@ -213,10 +213,12 @@ def _hook_vllm() -> None:
 
     @functools.wraps(activate)
     def or_forget(self: LoRAModelManager, lora_id: int) -> bool:
+        had_room = None in self.lora_index_to_id  # without a free slot nothing is wrong with the adapter
         try:
             return activate(self, lora_id)
         except Exception:
-            self.remove_adapter(lora_id)
+            if had_room:
+                self.remove_adapter(lora_id)
             raise
 
     BaseLayerWithLoRA.set_mapping, LoRAModelManager.activate_adapter = and_adopt, or_forget

@@ -1,4 +1,4 @@
-"""vLLM's own tests of its LoRA layers, from the source archive of the installed version, with our wrapper."""
+"""vLLM's own tests of its LoRA layers and their manager, from the source archive of its version, with our wrapper."""
 
 import os
 import subprocess
@@ -11,24 +11,30 @@ import vllm
 
 from helpers.waiting import HANG
 
-TESTS = "tests/lora/test_layers.py"
+TESTS = "tests/lora"
 HELPERS = Path(__file__).resolve().parents[2]
 # of the cases of each test those with two adapters and the smaller vocabularies: the others differ in numbers alone
 CASES = [
-    "test_embeddings[True-512-cpu-2]",
-    "test_lm_head_logits_processor[None-True-64000-cpu-2]",
-    "test_lm_head_logits_processor[head_dtype1-True-64000-cpu-2]",
-    "test_linear_replicated[True-cpu-2]",
-    "test_linear_parallel[True-cpu-True-row-2]",
-    "test_linear_parallel[True-cpu-True-column-2]",
-    "test_linear_parallel[True-cpu-False-row-2]",
-    "test_linear_parallel[False-cpu-False-column-2]",
-    "test_column_parallel_packed[True-cpu-True-2-2]",
-    "test_column_parallel_packed[True-cpu-True-3-2]",
-    "test_column_parallel_packed[True-cpu-False-3-2]",
-    "test_merged_column_parallel_variable_slice[True-cpu-3-2]",
-    "test_deepseek_fused_qkv_a_proj_lora_preserves_base_forward[True-True-cpu]",
-    "test_replicated_lora_preserves_base_forward_for_subclasses[True-cpu]",
+    "test_layers.py::test_embeddings[True-512-cpu-2]",
+    "test_layers.py::test_lm_head_logits_processor[None-True-64000-cpu-2]",
+    "test_layers.py::test_lm_head_logits_processor[head_dtype1-True-64000-cpu-2]",
+    "test_layers.py::test_linear_replicated[True-cpu-2]",
+    "test_layers.py::test_linear_parallel[True-cpu-True-row-2]",
+    "test_layers.py::test_linear_parallel[True-cpu-True-column-2]",
+    "test_layers.py::test_linear_parallel[True-cpu-False-row-2]",
+    "test_layers.py::test_linear_parallel[False-cpu-False-column-2]",
+    "test_layers.py::test_column_parallel_packed[True-cpu-True-2-2]",
+    "test_layers.py::test_column_parallel_packed[True-cpu-True-3-2]",
+    "test_layers.py::test_column_parallel_packed[True-cpu-False-3-2]",
+    "test_layers.py::test_merged_column_parallel_variable_slice[True-cpu-3-2]",
+    "test_layers.py::test_deepseek_fused_qkv_a_proj_lora_preserves_base_forward[True-True-cpu]",
+    "test_layers.py::test_replicated_lora_preserves_base_forward_for_subclasses[True-cpu]",
+    "test_lora_manager.py::test_dedup_shared_module_across_paths",
+    "test_lora_manager.py::test_lora_model_manager[cpu]",
+    "test_lora_manager.py::test_lora_lru_cache_model_manager[cpu]",
+    "test_lora_manager.py::test_lru_lora_model_manager[cpu]",
+    "test_lora_manager.py::test_set_adapter_mapping_refreshes_after_slot_reassignment[cpu]",
+    "test_lora_manager.py::test_packed_loras[cpu]",
 ]
 
 
@@ -50,9 +56,9 @@ def source(tmp_path_factory):
     return folder / f"vllm-{version}"
 
 
-def test_vllms_own_layer_tests_pass_with_our_wrapper(source):
+def test_vllms_own_tests_pass_with_our_wrapper(source):
     command = [sys.executable, "-m", "pytest", "-q", "-W", "ignore", "-p", "helpers.vllm_upstream", "--tb=short"]
-    command += [f"{TESTS}::{case}" for case in CASES]
+    command += [f"{TESTS}/{case}" for case in CASES]
     path = os.pathsep.join([str(HELPERS), str(source)])
     done = subprocess.run(
         command, cwd=source, env=os.environ | dict(PYTHONPATH=path), capture_output=True, text=True, timeout=10 * HANG

@@ -15,6 +15,7 @@ from vllm.lora.layers import (
     QKVParallelLinearWithLoRA,
     RowParallelLinearWithLoRA,
 )
+from vllm.lora.model_manager import LoRAModelManager
 from vllm.lora.punica_wrapper import punica_gpu
 
 from fused_lora.integrations.vllm.cpu import GroupedWrapperCPU
@@ -172,6 +173,15 @@ def test_a_rank_takes_its_part_of_a_whole_adapter_and_of_no_other(cls, device):
         with pytest.raises(ValueError, match="of another base model"):
             load(K_other, others)
     load(K_here, here, torch.zeros)  # as vLLM warms up
+
+
+def test_an_adapter_for_which_no_slot_is_free_stays_loaded(device):
+    GroupedWrapperCPU(64, 8, device, lora_config=CONFIG)
+    manager = object.__new__(LoRAModelManager)
+    manager.lora_index_to_id, manager._active_adapters, manager._registered_adapters = [7], {7: None}, {5: None}
+    with pytest.raises(ValueError, match="No free lora slots"):
+        manager.activate_adapter(5)
+    assert 5 in manager._registered_adapters
 
 
 def test_where_the_kernels_cannot_run_vllm_keeps_its_wrapper_on_a_gpu(no_sorts, monkeypatch, device, kernels_on):
