@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from vllm.config.lora import LoRAConfig
 from vllm.logger import init_logger
 from vllm.lora.layers import (
     BaseLayerWithLoRA,
@@ -46,6 +47,7 @@ class Grouped:
         wrapper: Any = super()  # vLLM's
         wrapper.__init__(max_num_batched_tokens, max_batches, device, **kwargs)
         self.lora_config: Any = kwargs["lora_config"]
+        self.lora_config.fused_lora = __version__
         self._slots: dict[int, Slots] = {}  # by the address of a layer's first A and of its first B
         self.leaves_some, self._samples = False, False
         self._tokens, self._prompts = self.new_terms(), self.new_terms()
@@ -202,8 +204,10 @@ def _slots_of(mapping: Sequence[int], slots: dict[int, int]) -> np.ndarray:
 @functools.cache  # once
 def _hook_vllm() -> None:
     """vLLM tells each layer its wrapper, and no wrapper its layers: from now on ``set_mapping`` does. And an adapter of
-    which a layer refuses its part is forgotten, where vLLM 0.32 would go on with the layers before it."""
+    which a layer refuses its part is forgotten, where vLLM 0.32 would go on with the layers before it. And what vLLM
+    compiles for one wrapper and keeps on disk is not taken for the other: the hash of its configuration says whose."""
     set_mapping, activate = BaseLayerWithLoRA.set_mapping, LoRAModelManager.activate_adapter
+    compute_hash = LoRAConfig.compute_hash
 
     @functools.wraps(set_mapping)
     def and_adopt(self: BaseLayerWithLoRA, punica_wrapper: Any) -> None:
@@ -221,7 +225,13 @@ def _hook_vllm() -> None:
                 self.remove_adapter(lora_id)
             raise
 
+    @functools.wraps(compute_hash)
+    def and_ours(self: LoRAConfig) -> str:
+        ours = vars(self).get("fused_lora")
+        return compute_hash(self) + (f" fused_lora {ours}" if ours else "")
+
     BaseLayerWithLoRA.set_mapping, LoRAModelManager.activate_adapter = and_adopt, or_forget
+    LoRAConfig.compute_hash = and_ours
 
 
 def _replace(layer: BaseLayerWithLoRA, adapter_dtype: Any) -> Slots:

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from vllm.config.lora import LoRAConfig
 from vllm.lora.layers import (
     ColumnParallelLinearWithLoRA,
     LoRAMapping,
@@ -182,6 +183,13 @@ def test_an_adapter_for_which_no_slot_is_free_stays_loaded(device):
     with pytest.raises(ValueError, match="No free lora slots"):
         manager.activate_adapter(5)
     assert 5 in manager._registered_adapters
+
+
+def test_what_vllm_compiled_for_its_own_wrapper_is_not_taken_for_ours(device):
+    ours, theirs = (LoRAConfig(lora_dtype=torch.float32) for _ in "ab")
+    assert ours.compute_hash() == theirs.compute_hash()
+    GroupedWrapperCPU(64, 8, device, lora_config=ours)
+    assert ours.compute_hash() != theirs.compute_hash()
 
 
 def test_where_the_kernels_cannot_run_vllm_keeps_its_wrapper_on_a_gpu(no_sorts, monkeypatch, device, kernels_on):
