@@ -77,10 +77,13 @@ class Grouped:
         slots = vars(layer).get("fused_lora_slots")
         if slots is None:
             slots = layer.fused_lora_slots = _replace(layer, self.adapter_dtype)
-        self._samples |= not isinstance(layer.lora_b_stacked, tuple) or "full_weight_stacked" in vars(layer)
+        head = vars(layer).get("full_weight_stacked")
+        self._samples |= not isinstance(layer.lora_b_stacked, tuple) or head is not None
         for side in filter(None, (slots.A, slots.B)):
             self._slots[side[0].data_ptr()] = slots
             _wrappers[side[0].data_ptr()] = self
+        if head is not None:  # a compiled token classifier multiplies by it through this wrapper, too
+            _wrappers[head.data_ptr()] = self
 
     def adapter_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """What adapters of this dtype are held in."""
@@ -122,10 +125,7 @@ class Grouped:
         **kwargs: Any,
     ) -> None:
         """y [outputs, rows, rank] += A x, in fp32."""
-        if not torch.compiler.is_compiling() and lora_a_stacked[0].data_ptr() not in self._slots:
-            super().add_shrink(y, x, lora_a_stacked, scale, **kwargs)  # a whole head
-        else:
-            self._add("shrink", y, x, lora_a_stacked[0], scale)
+        self._add("shrink", y, x, lora_a_stacked[0], scale)
 
     def add_expand(
         self,
@@ -172,7 +172,11 @@ class Grouped:
             self.run(kind, y, x, key, offset)
 
     def run(self, kind: str, y: Any, x: Tensor, key: Tensor, offset: int) -> None:
-        """Add the terms of the layer that has ``key`` as its first A or B."""
+        """Add the terms of the layer that has ``key`` as its first A or B. A whole head is vLLM's to multiply."""
+        if kind == "shrink" and key.data_ptr() not in self._slots:
+            own: Any = super()
+            own.add_shrink(y, x, (key,), 1.0)
+            return
         slots, terms = self._slots[key.data_ptr()], self._prompts if kind == "logits" else self._tokens
         x = x if x.dim() == 2 or kind == "expand" else x.view(-1, x.shape[-1])
         if kind == "shrink":

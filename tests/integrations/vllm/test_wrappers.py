@@ -192,6 +192,24 @@ def test_what_vllm_compiled_for_its_own_wrapper_is_not_taken_for_ours(device):
     assert ours.compute_hash() != theirs.compute_hash()
 
 
+def test_a_compiled_token_classifier_multiplies_by_its_whole_head(bench, device):
+    wrapper, rows = GroupedWrapperCPU(64, 8, device, lora_config=CONFIG), [7, 7, 9, 9, 9]
+    layer = bench.Layer([torch.zeros(SLOTS, 1, RANK, K)], [torch.zeros(SLOTS, 1, 5, RANK)])
+    layer.full_weight_stacked = torch.randn(SLOTS, 1, 5, K)
+    layer.set_mapping(wrapper)
+    wrapper.update_metadata(LoRAMapping(rows, rows, is_prefill=True), IDS, SLOTS, VOCAB)
+
+    def head(x):
+        y = torch.zeros(1, len(rows), 5)
+        wrapper.add_shrink(y, x, (layer.full_weight_stacked,), 1.0)
+        return y * 2
+
+    x = torch.randn(len(rows), K)
+    expected = torch.stack([layer.full_weight_stacked[IDS.index(row), 0] @ x[i] for i, row in enumerate(rows)]) * 2
+    for computed in (head(x), torch.compile(head, fullgraph=True, backend="aot_eager")(x)):
+        assert_close(computed[0], expected, terms=K)
+
+
 def test_where_the_kernels_cannot_run_vllm_keeps_its_wrapper_on_a_gpu(no_sorts, monkeypatch, device, kernels_on):
     ranks = SimpleNamespace(**vars(CONFIG) | dict(max_lora_rank=1024))
     assert type(grouped_wrapper_gpu(64, 8, device, lora_config=CONFIG)) is GroupedWrapperGPU
