@@ -33,7 +33,7 @@ from fused_lora.adapters.tensorfile import (
 )
 from fused_lora.modules.auxiliary import TOKENS_END
 from fused_lora.modules.config import MAX_RANK, FieldError, LayerTensors, LoraConfig
-from fused_lora.modules.tree import above, own_path
+from fused_lora.modules.tree import above, bare_module, own_path
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -117,11 +117,10 @@ def read_checked(
     directory: str | os.PathLike,
     max_bytes: int,
     check: Callable[[Plan], Plan],
-    tries: int = 5,
+    *,
     inside: str | None = None,
     tensors: bool = True,
     allow_partial: bool = False,
-    copies: bool = False,
     all_kinds: bool = False,
     stacks: Stacks | None = None,
 ) -> tuple[Adapter, Plan]:
@@ -129,20 +128,20 @@ def read_checked(
 
     ``check`` returns the plan, or one of fewer layers. Both files must lie in the folder ``inside``, if given, once all
     links are followed. ``allow_partial`` leaves out keys that are not read, copies too, instead of refusing the file.
-    ``copies``: the file may hold the weights of layers that it has LoRA for, as PEFT writes them for an output layer;
-    whoever asks for it compares them with the model's. ``all_kinds``: it may have LoRA on embeddings and on parameters
-    (``target_parameters``), too. ``stacks``: which parameters of the model these are.
+    ``all_kinds``: the file may have LoRA on embeddings and on parameters (``target_parameters``), too, and hold the
+    weights of layers that it has LoRA for, as PEFT writes them for an output layer; whoever asks for these compares
+    them with the model's. ``stacks``: which parameters of the model ``target_parameters`` are.
     """
-    folder = path_text("directory", directory)
-    options: tuple[Any, ...] = (inside, tensors, allow_partial, copies, all_kinds, stacks)
-    with _folder(folder) as dir_fd:
-        try:
-            return _read_once(folder, dir_fd, max_bytes, check, *options)
-        except AdapterError:
-            # a save that replaced the folder meanwhile has deleted the one that is being read
-            if tries == 1 or not _replaced(folder, dir_fd):
-                raise
-    return read_checked(directory, max_bytes, check, tries - 1, *options)
+    folder, tries = path_text("directory", directory), 5
+    while True:
+        with _folder(folder) as dir_fd:
+            try:
+                return _read_once(folder, dir_fd, max_bytes, check, inside, tensors, allow_partial, all_kinds, stacks)
+            except AdapterError:
+                tries -= 1
+                # a save that replaced the folder meanwhile has deleted the one that is being read
+                if not tries or not _replaced(folder, dir_fd):
+                    raise
 
 
 def _read_once(
@@ -153,7 +152,6 @@ def _read_once(
     inside: str | None,
     with_tensors: bool,
     allow_partial: bool,
-    may_copy: bool,
     all_kinds: bool,
     stacks_of: Stacks | None,
 ) -> tuple[Adapter, Plan]:
@@ -172,9 +170,8 @@ def _read_once(
         raise AdapterError(path, None, "a safetensors file", found)
     with open_regular(path, max_bytes, dir_fd, inside) as (file, size):
         state, header = state_of(file.fileno()), read_header(path, file, size)
-        ends = SLOTS | EMBEDDING_SLOTS if all_kinds else SLOTS
         entries, config, convert = as_peft(path, header.entries, config, layout, KEY_PREFIX, stacks_of)
-        found = _sort_keys(path, entries, config, ends, allow_partial, may_copy)
+        found = _sort_keys(path, entries, config, allow_partial, all_kinds)
         slots, biases, beside, left_out, copies, embeddings = found
         known = _known(config_path, config, stacks_of, all_kinds)
         slots = {known[name].path if name in known else name: keys for name, keys in slots.items()}
@@ -215,9 +212,8 @@ def _sort_keys(
     path: str,
     entries: dict[str, TensorEntry],
     config: LoraConfig,
-    slot_ends: dict[str, str],
     allow_partial: bool,
-    may_copy: bool,
+    all_kinds: bool,
 ) -> tuple[dict[str, dict[str, str]], dict[str, str], dict[str, str], tuple[str, ...], dict[str, str], set[str]]:
     """Keys of each module path by field of LayerTensors, keys of other biases by parameter path, keys of what trained
     beside LoRA, keys left out, keys of copied weights by module path, and the paths of embeddings."""
@@ -229,6 +225,7 @@ def _sort_keys(
     named: dict[str, str] = {}
     embedded: dict[str, str] = {}
     plain: dict[str, str] = {}
+    slot_ends = SLOTS | EMBEDDING_SLOTS if all_kinds else SLOTS
     for key in entries:
         name = own_path(key)  # older savers wrote the names of torch's wrappers, too
         end = next((end for end in slot_ends if name.endswith(end)), "")
@@ -252,7 +249,7 @@ def _sort_keys(
         if not dtype.is_floating_point and (name not in beside or name.endswith(TOKENS_END)):
             raise AdapterError(path, key, f"dtype {', '.join(DTYPES)}", str(dtype))
     copies: dict[str, str] = {}
-    for key in unread if may_copy and not allow_partial else ():
+    for key in unread if all_kinds and not allow_partial else ():
         layer = own_path(key).removeprefix(KEY_PREFIX).removesuffix(".weight").removesuffix(".base_layer")
         if key.endswith(".weight") and layer in slots:
             copies[layer] = key
@@ -308,13 +305,6 @@ def _known(config_path: str, config: LoraConfig, stacks_of: Stacks | None, all_k
         expected = "null or empty: stacked experts are read with the model that they are for"
         raise AdapterError(config_path, "target_parameters", expected, config.target_parameters)
     return stacks_of(config)
-
-
-def bare_module(path: str) -> str:
-    """The module that one of PEFT's wrappers of its parameters is around: they are nested, one for each parameter."""
-    while path.endswith(".base_layer"):
-        path = path.removesuffix(".base_layer")
-    return path
 
 
 def stacks_in(weights: str, paths: Iterable[str], config: LoraConfig) -> dict[str, tuple[str, ...]]:

@@ -126,7 +126,7 @@ def _pairs(adapters: Any) -> Sequence[tuple[Any, float]]:
 
 def _open(stack: contextlib.ExitStack, path: Any, weight: float) -> AdapterFile:
     folder = path_text("adapters", path)
-    _, plan = read_checked(folder, MAX_WEIGHT_BYTES, lambda plan: plan, tensors=False, copies=True, all_kinds=True)
+    _, plan = read_checked(folder, MAX_WEIGHT_BYTES, lambda plan: plan, tensors=False, all_kinds=True)
     with open_regular(plan.weights, MAX_WEIGHT_BYTES) as (opened, size):
         file, state = stack.enter_context(io.FileIO(os.dup(opened.fileno()))), state_of(opened.fileno())
     header = read_header(plan.weights, file, size)

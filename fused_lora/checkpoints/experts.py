@@ -12,13 +12,14 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from fused_lora.adapters.checkpoint import CONFIG_NAME, Plan, RankTable, bare_module
+from fused_lora.adapters.checkpoint import CONFIG_NAME, Plan, RankTable
 from fused_lora.adapters.errors import AdapterError
 from fused_lora.adapters.expert_files import OLD_PLACES, of_older_peft, single_expert
 from fused_lora.checkpoints.adapter_file import AdapterFile
 from fused_lora.checkpoints.names import Names
 from fused_lora.modules.experts import NAMES
 from fused_lora.modules.names import some
+from fused_lora.modules.tree import bare_module
 
 # a stacked parameter -> what its rows may be called where each expert has matrices of its own, from top to bottom
 _OF_ONE_EXPERT = {

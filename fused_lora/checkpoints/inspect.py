@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_lora.adapters.checkpoint import bare_module
 from fused_lora.adapters.errors import AdapterError
 from fused_lora.checkpoints.adapter_file import AdapterFile, open_adapters
 from fused_lora.checkpoints.changes import Item, rows_of
@@ -21,6 +20,7 @@ from fused_lora.checkpoints.files import Checkpoint, Report, open_checkpoint
 from fused_lora.checkpoints.planning import Changes, plan_changes
 from fused_lora.modules.config import is_neutral
 from fused_lora.modules.names import some
+from fused_lora.modules.tree import bare_module
 from fused_lora.ops.merge import exact
 
 _OUTLIER = 20.0  # times the median norm

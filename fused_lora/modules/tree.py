@@ -25,6 +25,13 @@ def bare_path(path: str) -> str:
     return _BEFORE.sub("", own_path(path))
 
 
+def bare_module(path: str) -> str:
+    """The module that one of PEFT's wrappers of its parameters is around: they are nested, one for each parameter."""
+    while path.endswith(".base_layer"):
+        path = path.removesuffix(".base_layer")
+    return path
+
+
 def above(path: str) -> list[str]:
     """The paths that lead to ``path``: "a" and "a.b" for "a.b.c"."""
     return [path[:i] for i, letter in enumerate(path) if letter == "."]

@@ -95,7 +95,6 @@ each_door = pytest.mark.parametrize(
 READERS = {"read_checked", "from_folder", "check_folder", "from_tensors", "live_adapter"}
 CALLERS = {
     "adapters/checkpoint.py:read_adapter",  # tensors alone
-    "adapters/checkpoint.py:read_checked",
     "adapters/read.py:load_adapter",
     "checkpoints/adapter_file.py:_open",  # files to files
     "serving/residency/packing.py:_read",  # of from_folder and check_folder

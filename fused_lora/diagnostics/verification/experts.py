@@ -14,6 +14,7 @@ from fused_lora.diagnostics.verification.layers import Layer
 from fused_lora.diagnostics.verification.weights import CONFIDENCE, Units, product, tiny, unit_of, unmerged_bound
 from fused_lora.modules.experts import LoraExperts, LoraStack, file_paths, stacks_of
 from fused_lora.modules.names import some
+from fused_lora.modules.tree import bare_module
 from fused_lora.ops.merge.exact import Adapter, change
 
 
@@ -37,9 +38,7 @@ def stack_of(path: str, module: Any, names: list[str]) -> Stack | None:
     name = module.parameter_name
     if path.endswith(f".{name}"):  # a LoraStack in its LoraExperts; PEFT's wrappers are the modules that are called
         return Stack(path.rpartition(".")[0], path, module, names, path)
-    place = path
-    while place.endswith(".base_layer"):
-        place = place.removesuffix(".base_layer")
+    place = bare_module(path)
     return Stack(place, f"{place}.{name}", module, names, path)
 
 

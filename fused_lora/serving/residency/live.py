@@ -7,11 +7,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fused_lora.adapters.checkpoint import bare_module
 from fused_lora.modules.activated import is_pefts
 from fused_lora.modules.config import check_init, is_neutral
 from fused_lora.modules.names import some
-from fused_lora.modules.tree import CONFIGS, above, bare_path, held_parts
+from fused_lora.modules.tree import CONFIGS, above, bare_module, bare_path, held_parts
 
 Triples = dict[str, tuple[Tensor, Tensor, float]]
 _PLAIN = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")  # by adapter name, in a layer that is served
