@@ -19,7 +19,6 @@ from fused_lora.serving.batch.entries import parse_entry, rows_to_entries
 from fused_lora.serving.batch.prepared import Group, Prepared
 from fused_lora.serving.batch.siblings import Siblings
 from fused_lora.serving.batch.static import RowBuffers
-from fused_lora.serving.residency.lease import Lease
 from fused_lora.serving.residency.packing import largest_scale
 from fused_lora.serving.residency.registry import Registry
 from fused_lora.serving.residency.residency import Version
@@ -214,7 +213,7 @@ class AdapterStore(Registry):
             raise TypeError(f"names: expected a list with one entry per sequence, got {names!r}")
         if not names:
             raise ValueError("names: expected one entry per sequence, got none")
-        entries = [parse_entry(entry, i, (str, Lease)) for i, entry in enumerate(names)]
+        entries = [parse_entry(entry, i) for i, entry in enumerate(names)]
         entry_of_row = None if rows is None else rows_to_entries(len(entries), rows)
         batch: Batch | None = None
         holds: list[Version] = []

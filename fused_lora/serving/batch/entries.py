@@ -9,26 +9,26 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-Entry = tuple[tuple[Any, float], ...]  # (name or lease, weight) of each adapter; empty for the base model
+from fused_lora.serving.residency.lease import Lease
+
+Entry = tuple[tuple[str | Lease, float], ...]  # of each adapter, with its weight; empty for the base model
 
 
-def parse_entry(entry: Any, position: int, kinds: tuple[type, ...]) -> Entry:
-    """An element of ``store.batch([...])`` as ((name, weight), ...): None, a name, or a dict of names and weights.
-
-    A sum is taken in the order of the names, so that equal requests get equal bits. ``kinds``: types that may take the
-    place of a name.
+def parse_entry(entry: Any, position: int) -> Entry:
+    """An element of ``store.batch([...])`` as ((name, weight), ...): None, a name or lease, or a dict of these with
+    weights. A sum is taken in the order of the names, so that equal requests get equal bits.
 
     Raises:
         TypeError: another type. ValueError: a weight that is not finite.
     """
     if entry is None:
         return ()
-    if isinstance(entry, kinds):
+    if isinstance(entry, (str, Lease)):
         return ((entry, 1.0),)
     if not isinstance(entry, Mapping):
         raise TypeError(f"names[{position}]: expected a name, None or a dict of names and weights, got {entry!r}")
     for name, weight in entry.items():
-        if not isinstance(name, kinds):
+        if not isinstance(name, (str, Lease)):
             raise TypeError(f"names[{position}]: expected adapter names as keys, got {name!r}")
         if isinstance(weight, bool) or not isinstance(weight, (int, float)):
             raise TypeError(f"names[{position}][{name!r}]: expected a number, got {weight!r}")

@@ -13,8 +13,9 @@ from transformers.generation.continuous_batching.requests import RequestState
 from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING, FIFOScheduler
 
 from fused_lora.modules.activated import starts_of
+from fused_lora.serving.residency.lease import Lease
 from fused_lora.serving.residency.residency import StoreFull
-from fused_lora.serving.store import AdapterStore, Lease
+from fused_lora.serving.store import AdapterStore
 
 _log = logging.getLogger("fused_lora.serving")
 

@@ -33,16 +33,16 @@ from transformers.generation.continuous_batching.requests import RequestState, R
 from transformers.generation.continuous_batching.utils import stream_context
 
 from fused_lora.modules.arguments import check_int
-from fused_lora.serving.engine import request as continuous_request
-from fused_lora.serving.engine import sampling as continuous_sampling
+from fused_lora.serving.engine import request, sampling
 from fused_lora.serving.engine.admission import ADAPTER, SCHEDULER, START, VERSION, Admission, EngineCounters, start_of
 from fused_lora.serving.engine.attention import by_request, is_by_request, spans_of
 from fused_lora.serving.engine.failures import MAX_FAILED_STEPS, StepFailed
 from fused_lora.serving.engine.finite import StepCheck
 from fused_lora.serving.engine.logprobs import LOGPROBS, PROMPT_LOGPROBS, need_all_rows, record
 from fused_lora.serving.engine.prefix import PrefixNamespaces
+from fused_lora.serving.residency.lease import Lease
 from fused_lora.serving.residency.refusal import NonFiniteOutput
-from fused_lora.serving.store import AdapterStore, Lease
+from fused_lora.serving.store import AdapterStore
 
 _log = logging.getLogger("fused_lora.serving")
 
@@ -51,7 +51,7 @@ def default_config(device: torch.device) -> ContinuousBatchingConfig:
     """The engine's sizes if the caller gives no config."""
     if device.type == "cuda":
         return ContinuousBatchingConfig()
-    # without flash attention the mask is [step tokens, cache + step tokens]: keep both small
+    # transformers' own are for a GPU that the engine has to itself
     return ContinuousBatchingConfig(
         page_size=32, num_blocks=512, max_batch_tokens=256, max_requests_per_batch=64, auto_switch_to_flash=False
     )
@@ -90,8 +90,8 @@ def _rows_of(futures: list) -> list[int] | np.ndarray:
         return counts
     ends = [f.state.position_offset for f in futures]
     positions = np.concatenate([np.arange(end - count, end) for end, count in zip(ends, counts, strict=True)])
-    request = np.repeat(np.arange(len(futures)), counts)
-    return np.where(positions < np.array(starts)[request], -1, request)
+    owners = np.repeat(np.arange(len(futures)), counts)
+    return np.where(positions < np.array(starts)[owners], -1, owners)
 
 
 class AdapterManager(ContinuousBatchingManager):
@@ -107,7 +107,7 @@ class AdapterManager(ContinuousBatchingManager):
         self._in_step: list[RequestState] | None = None
         self._failures_in_a_row = 0
         super().__init__(model, greedy, _checked(config or default_config(model.device)))
-        continuous_sampling.install(
+        sampling.install(
             self.logit_processor, {ADAPTER: str, VERSION: str, START: int, LOGPROBS: int, PROMPT_LOGPROBS: bool}
         )
         self.batch_processor = self._create_batch_processor()
@@ -160,16 +160,16 @@ class AdapterManager(ContinuousBatchingManager):
             raise TypeError(f"adapter: expected a name or None, got {adapter!r:.100}")
         if adapter is not None:
             self.store.identity(adapter)  # raises AdapterNotFound
-        ids = continuous_request.token_ids(input_ids, self.model.config.get_text_config().vocab_size)
+        ids = request.token_ids(input_ids, self.model.config.get_text_config().vocab_size)
         count = check_int("max_new_tokens", max_new_tokens, 1)
         if len(ids) + count > self.max_request_tokens:
             raise ValueError(
                 f"input_ids: {len(ids)} tokens and max_new_tokens={max_new_tokens} exceed the cache's "
                 f"{self.max_request_tokens} tokens"
             )
-        drawn = continuous_request.sampling(temperature, top_p, seed)
-        told = continuous_request.logprobs(logprobs, prompt_logprobs)
-        return ids, count, continuous_request.ends(eos_token_id), drawn, told
+        drawn = request.sampling(temperature, top_p, seed)
+        told = request.logprobs(logprobs, prompt_logprobs)
+        return ids, count, request.ends(eos_token_id), drawn, told
 
     def add_request(
         self,

@@ -253,7 +253,7 @@ class AsyncEngine:
     async def _next(self, outputs: asyncio.Queue, deadline: float) -> Any:
         try:
             output = await asyncio.wait_for(outputs.get(), max(deadline - time.monotonic(), 0))
-        except (TimeoutError, asyncio.TimeoutError):
+        except asyncio.TimeoutError:
             raise too_slow(self.limits.request_seconds) from None
         if isinstance(output, ApiError):
             raise output

@@ -93,7 +93,7 @@ class Guard:
 
         try:
             return await asyncio.wait_for(read(), self.limits.body_seconds)
-        except (TimeoutError, asyncio.TimeoutError):
+        except asyncio.TimeoutError:
             raise ApiError(408, "the body did not come in time", code="timeout") from None
 
 

@@ -20,10 +20,10 @@ from fused_lora.adapters.read import check_copies, check_model, of_model, warn_l
 from fused_lora.modules.config import MAX_RANK, scaling
 from fused_lora.modules.experts import why_not_fused
 from fused_lora.modules.names import mismatch, some
+from fused_lora.ops.checks import FLOAT_DTYPES
 
 _ALIGNMENT = 64
 Signature = tuple[tuple[int, ...], ...]  # device, inode, size and times of each file
-FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class Site(NamedTuple):

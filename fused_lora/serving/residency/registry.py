@@ -339,15 +339,17 @@ class Registry:
         before = len(holds)
         while True:
             with self._lock:
-                if isinstance(key, Lease) and not key.belongs_to(self._residency):
-                    raise ValueError(f"names: the lease of {key.identity!r} is one of another store")
-                version = key.held if isinstance(key, Lease) else self._find(key)
-                if version is None:
-                    raise RuntimeError(f"names: the lease of {key.identity!r} has been released")
-                refused = None if isinstance(key, Lease) else self._refused(version)
-                if refused is not None:
-                    raise refused
-                anew = version.quarantined and not isinstance(key, Lease)
+                if isinstance(key, Lease):
+                    if not key.belongs_to(self._residency):
+                        raise ValueError(f"names: the lease of {key.identity!r} is one of another store")
+                    version, anew = key.held, False
+                    if version is None:
+                        raise RuntimeError(f"names: the lease of {key.identity!r} has been released")
+                else:
+                    version = self._find(key)
+                    if (refused := self._refused(version)) is not None:
+                        raise refused
+                    anew = version.quarantined
                 self._residency.hold(version, holds)
             try:
                 if anew:  # what was refused for good has other files now

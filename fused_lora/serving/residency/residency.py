@@ -307,7 +307,7 @@ class Residency:
             return True
         if version.block is None or not self._host_room(version.nbytes):
             return False
-        self._keep_on_host(version, self.transfer.fetch(version.block, version.nbytes, version.uses.values()))
+        self._keep_on_host(version, self.transfer.fetch(version.block, version.nbytes))
         return True
 
     def _leave_device(self, version: Version) -> None:

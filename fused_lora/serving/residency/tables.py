@@ -50,12 +50,14 @@ class SlotTables:
         self.max_rank = self._limit = max_rank
 
     def check(self, parts: Sequence[Part]) -> None:
-        """Raise ValueError for a rank beyond the limit."""
+        """Raise ValueError for what graphs are not captured for: a rank beyond the limit, or another kind of layer."""
+        if self._limit is None:
+            return
         other = next((part.site.path for part in parts if part.site.kind != "linear"), None)
-        if self._limit is not None and other is not None:
+        if other is not None:
             raise ValueError(f"source: {other!r} is no linear layer, and the store's row buffers are for those alone")
-        rank = max((part.r for part in linear(parts)), default=0)
-        if self._limit is not None and rank > self._limit:
+        rank = max(part.r for part in parts)
+        if rank > self._limit:
             raise ValueError(f"source: rank {rank}; the store's row buffers are made for {self._limit} at most")
 
     def write(self, slot: int, parts: Sequence[Part], block: Block) -> None:

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from fused_lora.ops import guard
+from fused_lora.ops.checks import FLOAT_DTYPES
 from fused_lora.serving.residency.arena import Block
-from fused_lora.serving.residency.packing import FLOAT_DTYPES, Packed, Part, Site
+from fused_lora.serving.residency.packing import Packed, Part, Site
 from fused_lora.serving.residency.tables import SlotTables
 
 
@@ -93,7 +94,7 @@ class Transfer:
             self.tables.write(slot, parts, block)
         return None
 
-    def fetch(self, block: Block, nbytes: int, uses: Iterable[torch.cuda.Event]) -> Tensor:
+    def fetch(self, block: Block, nbytes: int) -> Tensor:
         """The first ``nbytes`` of the block, in host memory."""
         return block.memory[:nbytes].to("cpu", copy=True)
 
@@ -164,7 +165,7 @@ class CudaTransfer(Transfer):
                 caller.wait_event(last)
             return Arrival(events, tables, last, self.device)
 
-    def fetch(self, block: Block, nbytes: int, uses: Iterable[torch.cuda.Event]) -> Tensor:
+    def fetch(self, block: Block, nbytes: int) -> Tensor:
         """The first ``nbytes`` of the block in pinned memory; waits for the copy."""
         staged = torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
         with self._order, torch.cuda.stream(self._stream):
