@@ -209,6 +209,25 @@ def test_what_can_never_fit_fails_while_others_run(model, store, tmp_path, monke
     step.admission.release_all()
 
 
+def test_the_load_of_a_version_that_was_replaced_meanwhile_keeps_no_room(store, reads, tmp_path):
+    read, go = reads
+    step = Steps(store)
+    cold = step.request("cold")
+    go.clear()
+    step.admission.update([], [cold])
+    (old,) = step.admission.loading.values()
+    wait_for(lambda: read == ["cold"])
+    store.register("cold", str(tmp_path / "cold"))  # a new version, which nobody has read
+    go.set()
+    old.result(HANG)
+    for _ in range(2):
+        admitted = step([], [cold])
+    assert admitted == {"cold"} and admission.version_of(cold) == "cold@2"
+    assert store.stats()["in_use"] == 1 and not step.admission.loading and not step.failed
+    step.admission.release_all()
+    assert store.stats()["in_use"] == 0
+
+
 class Loads:
     """A store whose loads end when the test says so."""
 

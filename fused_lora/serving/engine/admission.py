@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ from transformers.generation.continuous_batching.requests import RequestState
 from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING, FIFOScheduler
 
 from fused_lora.modules.activated import starts_of
+from fused_lora.modules.inject import AdapterNotFound
 from fused_lora.serving.residency.lease import Lease
 from fused_lora.serving.residency.residency import StoreFull
 from fused_lora.serving.store import AdapterStore
@@ -95,7 +97,7 @@ class Admission:
             self._held_at = time.perf_counter()
         # a request that lost its cache waits again, and goes on with the version it started with
         self.release(keep={version_of(state) for state in (*active, *waiting)})
-        self._abandon(keep={adapter_of(state) for state in waiting})
+        self._abandon(keep={adapter_of(state) for state in waiting} - {None})
         self.admitted = set()
         blocked_since = None
         for state in waiting:
@@ -174,11 +176,18 @@ class Admission:
         if not future.cancelled() and not isinstance(future.exception(), StoreFull):
             self.wake()
 
-    def _abandon(self, keep: Collection[str | None]) -> None:
-        """Cancel loads of adapters that no request waits for, or release their leases when they come."""
-        for version in [version for version in self.loading if version.rpartition("@")[0] not in keep]:
+    def _abandon(self, keep: Iterable[str | None] = ()) -> None:
+        """Cancel loads of versions that no request will start with, or release their leases when they come.
+
+        keep: the adapters that requests wait for. They start with the current versions, whatever was asked for before.
+        """
+        current = set()
+        for name in keep:
+            with contextlib.suppress(AdapterNotFound):  # unloaded meanwhile
+                current.add(self.store.identity(name))
+        for version in self.loading.keys() - current:
             _give_up(self.loading.pop(version))
-        self._full = {version for version in self._full if version.rpartition("@")[0] in keep}
+        self._full &= current
 
     def release(self, keep: Iterable[str] = ()) -> None:
         """Release all leases except those of the versions ``keep``."""
@@ -188,7 +197,7 @@ class Admission:
     def release_all(self) -> None:
         """Release everything. No request is left."""
         self.release()
-        self._abandon(keep=())
+        self._abandon()
 
 
 def _give_up(future: Future[Lease]) -> None:
