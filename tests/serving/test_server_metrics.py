@@ -71,6 +71,15 @@ def test_adapters_beyond_the_most_share_a_label():
     assert metrics.of(OTHERS) is late  # the others keep theirs
 
 
+def test_the_base_model_has_its_own_label_after_many_adapters():
+    metrics = Metrics()
+    for i in range(MOST_ADAPTERS + 5):
+        metrics.of(f"a{i}").sequences += 1
+    metrics.of(None).sequences += 7
+    found = {key[1]: value for key, value in samples(metrics).items() if key[0] == "adapter_sequences_total"}
+    assert (found[""], found[OTHERS], len(found)) == (7, 5, MOST_ADAPTERS + 2)
+
+
 class Manager:
     """Answers every request with two tokens, one after the other."""
 

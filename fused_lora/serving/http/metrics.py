@@ -57,7 +57,7 @@ class Metrics:
         about = "Seconds from a token of a sequence to the next."
         self.next_token = _histogram("inter_token_seconds", about, _TOKEN_SECONDS)
         self.request_seconds = _histogram("request_seconds", "Seconds from a request's first byte to a sequence's end.")
-        self._of: dict[str, Counts] = {}
+        self._of = {"": Counts()}  # of the base model, which is never one of the others
         self._rate = Rate()
 
     def of(self, adapter: str | None) -> Counts:
