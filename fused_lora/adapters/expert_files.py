@@ -113,7 +113,7 @@ def as_peft(
     found, used = _one_by_one(path, entries, config, prefix, stacks)
     if not found and not config.target_parameters:
         return same
-    turned = _packed(path, entries, config, layout, prefix, stacks) if config.target_parameters else {}
+    turned = _packed(entries, config, layout, prefix, stacks) if config.target_parameters else {}
     if not found and not turned:
         return same
     ranks = {stack: _rank(path, entries, stack, pieces) for stack, pieces in found.items()}
@@ -347,7 +347,7 @@ def _config(
 
 
 def _packed(
-    path: str, entries: Mapping[str, TensorEntry], config: LoraConfig, layout: str | None, prefix: str, stacks: Stacks
+    entries: Mapping[str, TensorEntry], config: LoraConfig, layout: str | None, prefix: str, stacks: Stacks
 ) -> dict[str, Any]:
     """Keys under PEFT's names whose tensors are packed in another way: (stacked parameter, what gives both)."""
     found: dict[str, Any] = {}

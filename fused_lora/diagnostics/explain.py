@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import torch
 
@@ -79,6 +79,20 @@ class ModelExplanation:
         return "\n".join([*table([("layers", "n", "kind", "runs"), *rows]), summary(self.layers)])
 
 
+class _Call(NamedTuple):
+    """A layer's call, in the order of a plan's arguments. dropout: whether there is some. capability: 0 without one."""
+
+    M: int
+    N: int
+    K: int
+    r: int
+    dtype: torch.dtype
+    dropout: bool
+    upcast: bool
+    adapters: int
+    capability: int
+
+
 @overload
 def explain(
     model: None = None,
@@ -143,13 +157,15 @@ def explain(
     adapter_dtype = adapter_dtype or dtype
     place, capability, notes, measured = _place(device, (dtype, adapter_dtype))
     upcast = adapter_dtype != dtype
-    shape = (M, N, K, r, dtype, dropout > 0, upcast, adapters)
-    plans = _plans(shape, capability, measured)
+    call: Any = _Call(M, N, K, r, dtype, dropout > 0, upcast, adapters, capability)  # the sizes are no None
+    plans = [Plan("eager"), Plan("eager")]
+    if capability:
+        plans = [plan("linear", *call, table=measured), plan("backward", M, K, N, *call[3:], table=measured)]
     notes += _dropped(plans)
     of_adapters = "" if adapters == 1 else f" adapters={adapters}"
     over = f" with {dtype_name(adapter_dtype)} adapters" if upcast else ""
     title = f"LoRA linear M={M} K={K} N={N} r={r}{of_adapters} dropout={dropout:g} {dtype_name(dtype)}{over} on {place}"
-    return Explanation(title, _forward(plans[0], shape, capability), _backward(plans[1], shape, capability), notes)
+    return Explanation(title, _forward(plans[0], call), _backward(plans[1], call), notes)
 
 
 def _check(sizes: dict[str, int | None], dropout: float, dtype, adapter_dtype) -> None:
@@ -200,14 +216,6 @@ def _of_dtypes(name: str, capability: int, dtypes: Iterable[torch.dtype]) -> tup
     return name, capability, ()
 
 
-def _plans(shape: tuple[Any, ...], capability: int, table: tuned.Table | None) -> tuple[Plan, Plan]:
-    M, N, K, r, dtype, dropout, upcast, adapters = shape
-    if capability == 0:
-        return Plan("eager"), Plan("eager")
-    rest = r, dtype, dropout, upcast, adapters, capability
-    return plan("linear", M, N, K, *rest, table=table), plan("backward", M, K, N, *rest, table=table)
-
-
 def _dropped(plans: Sequence[Plan]) -> tuple[str, ...]:
     """A note for each plan that has failed its first use in this process."""
     failed = {key[1] for key, passed in guard.verdicts().items() if not passed and isinstance(key[1], Plan)}
@@ -215,44 +223,39 @@ def _dropped(plans: Sequence[Plan]) -> tuple[str, ...]:
     return tuple(f"{p.variant} {said}" for p in plans if p in failed)
 
 
-def _traffic(op: str, M: int, N: int, K: int, shape: tuple, capability: int, variant=None) -> dict[str, int]:
+def _traffic(op: str, call: _Call, variant: str | None = None, **sizes: Any) -> dict[str, int]:
+    """What a launch of the call costs; ``sizes``: those that it has of its own, or no dropout."""
     from fused_lora.kernels.config import traffic
 
-    _, _, _, r, dtype, dropout, upcast, adapters = shape
+    M, N, K, r, dtype, dropout, upcast, adapters, capability = call._replace(**sizes)
     return traffic(op, M, N, K, r * adapters, dtype, dropout, capability, upcast, adapters, variant)
 
 
-def _forward(chosen: Plan, shape: tuple[Any, ...], capability: int) -> Cost:
-    M, N, K, r, dtype, _, upcast, adapters = shape
-    unmasked = M, N, K, r, dtype, False, upcast, adapters
-    whole = _traffic("linear", M, N, K, shape, capability, chosen.variant if chosen.variant == "recompute" else "split")
+def _forward(chosen: Plan, call: _Call) -> Cost:
+    whole = _traffic("linear", call, chosen.variant if chosen.variant == "recompute" else "split")
     costs = [whole]
     if chosen.variant == "library":
-        costs = [_traffic("shrink", M, 0, K, shape, capability), _traffic("expand", M, N, 0, unmasked, capability)]
-        costs.append(_library(M, N, K, shape))
+        costs = [_traffic("shrink", call, N=0), _traffic("expand", call, K=0, dropout=False), _library(call)]
     return _sum("forward", chosen, costs, whole["floor_bytes"], whole["floor_flops"])
 
 
-def _backward(chosen: Plan, shape: tuple[Any, ...], capability: int) -> Cost:
-    M, N, K, r, dtype, _, upcast, adapters = shape
-    unmasked = M, N, K, r, dtype, False, upcast, adapters
-    parts: list[tuple[Any, ...]] = [
-        ("shrink", M, 0, N, unmasked),
-        ("expand", M, K, 0, shape),
-        ("weight_grad", M, N, K, shape),
-    ]
+def _backward(chosen: Plan, call: _Call) -> Cost:
+    M, N, K, R, e = call.M, call.N, call.K, call.r * call.adapters, call.dtype.itemsize
     if chosen.variant == "passes":
-        parts = [("backward_g", M, N, 0, unmasked), ("backward_x", M, K, 0, shape)]
-    e, R = dtype.itemsize, r * adapters
+        costs = [_traffic("backward_g", call, K=0, dropout=False), _traffic("backward_x", call, N=K, K=0)]
+    else:
+        costs = [_traffic("shrink", call, N=0, K=N, dropout=False), _traffic("expand", call, N=K, K=0)]
+        costs.append(_traffic("weight_grad", call))
     # g, x, dx, W, S, and A, B and their gradients once each
-    floor_bytes = e * (M * N + 2 * M * K + N * K) + 4 * M * R + 2 * (4 if upcast else e) * R * (N + K)
-    costs = [_traffic(op, m, n, k, of, capability) for op, m, n, k, of in parts] + [_library(M, K, N, shape)]
+    floor_bytes = e * (M * N + 2 * M * K + N * K) + 4 * M * R + 2 * (4 if call.upcast else e) * R * (N + K)
+    costs.append(_library(call._replace(N=K, K=N)))
     return _sum("backward", chosen, costs, floor_bytes, 2 * M * N * K + 4 * M * R * (N + K))
 
 
-def _library(M: int, N: int, K: int, shape: tuple) -> dict[str, int]:
+def _library(call: _Call) -> dict[str, int]:
     """The library's GEMM that adds to Y [M, N]: it is read and written."""
-    return dict(bytes=shape[4].itemsize * (M * K + K * N + 2 * M * N), flops=2 * M * N * K, launches=1)
+    M, N, K = call[:3]
+    return dict(bytes=call.dtype.itemsize * (M * K + K * N + 2 * M * N), flops=2 * M * N * K, launches=1)
 
 
 def _sum(name: str, chosen: Plan, costs: list[dict[str, int]], floor_bytes: int, floor_flops: int) -> Cost:

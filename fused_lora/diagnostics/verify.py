@@ -17,7 +17,6 @@ from fused_lora.diagnostics.verification.measure import check_layer, compare_out
 from fused_lora.diagnostics.verification.passes import Pass, check_inputs, restored, run
 from fused_lora.diagnostics.verification.reference import compare_weights
 from fused_lora.diagnostics.verification.report import Finding, Verification
-from fused_lora.diagnostics.verification.weights import Relation
 from fused_lora.modules.arguments import check_int
 from fused_lora.modules.changes import alone
 from fused_lora.modules.names import some
@@ -117,8 +116,14 @@ def verify(
         result = Verification(checks, compare_outputs(merged.output, unmerged.output, noise), findings, notes, skipped)
         result.was_merged = any(layer.merged for layer in layers)
         add_findings(model, layers, result)
-        covered = set() if compared is None else _add_comparison(result, *compared)
-        if holds_delta([c for c in checks if c.path not in covered and not _is_broken(layers, c.path)]):
+        judged = {path for layer in layers if layer.broken for path in layer.paths}  # or by the reference, below
+        if compared is not None:
+            differ, further, relations = compared
+            result.findings += differ
+            result.notes += further
+            result.reference_merged = any(relation.times == -1 for relation in relations.values())
+            judged |= relations.keys()
+        if holds_delta([c for c in checks if c.path not in judged]):
             text = "the base weight already holds the adapter, as after a merge, and it acts once more beside it"
             result.findings.append(Finding(report.DOUBLE, text, tuple(c.path for c in checks)))
         if isinstance(reference, nn.Module):
@@ -210,20 +215,6 @@ def _uncalled(model, inputs, layers: list[Layer], unmerged: Pass, seed: int) -> 
 
 def _same(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and torch.equal(torch.nan_to_num(a), torch.nan_to_num(b))
-
-
-def _is_broken(layers: list[Layer], path: str) -> bool:
-    return any(layer.broken for layer in layers if path in layer.paths)
-
-
-def _add_comparison(
-    result: Verification, findings: list[Finding], notes: list[str], relations: dict[str, Relation]
-) -> set[str]:
-    """Add what the reference's weights say; returns the layers whose base weight it has."""
-    result.findings += findings
-    result.notes += notes
-    result.reference_merged = any(relation.times == -1 for relation in relations.values())
-    return set(relations)
 
 
 def _compare_with_reference(result: Verification, given: Tensor, reference, inputs, noise: float, seed: int) -> None:

@@ -382,8 +382,9 @@ def _grid(weight: Tensor, other: Tensor) -> str:
     return ""
 
 
-def _distinct(weight: Tensor, most: int = 64) -> float:
-    rows = weight[:: max(1, weight.shape[0] // most)].float()
+def _distinct(weight: Tensor) -> float:
+    """How many values a row has, of 64 rows or some more."""
+    rows = weight[:: max(1, weight.shape[0] // 64)].float()
     return sum(row.unique().numel() for row in rows) / len(rows)
 
 
