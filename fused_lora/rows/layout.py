@@ -21,10 +21,13 @@ class Layout(NamedTuple):
     outer: int
     inner: int
 
+    def stride(self, shape: Sequence[int]) -> int:
+        """How many rows in a row are of one sequence in an input of ``shape`` [..., features], all dimensions flat."""
+        return max(self.inner * int(np.prod(shape[self.dim + 1 : -1])), 1)
+
     def sequence_of_row(self, shape: Sequence[int], sequences: int) -> np.ndarray:
         """int64 [rows] for an input of ``shape`` [..., features]."""
-        stride = self.inner * int(np.prod(shape[self.dim + 1 : -1]))
-        return np.arange(int(np.prod(shape[:-1]))) // max(stride, 1) % sequences
+        return np.arange(int(np.prod(shape[:-1]))) // self.stride(shape) % sequences
 
 
 def layout_of(state: State, shape: Sequence[int], sequences: int) -> Layout | str:

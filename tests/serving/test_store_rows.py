@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import fused_lora
+from fused_lora.serving import NonFiniteOutput
 from fused_lora.testing.numeric import assert_close, assert_no_worse
 from helpers.seeds import shifted
 
@@ -232,3 +233,36 @@ def test_nested_tensors_are_refused_by_name():
     for i, name in enumerate(["a", None, "b"]):
         with store.batch([name] * 3):
             assert_close(mixed[i], model(x)[i], terms=200)
+
+
+class Turned(nn.Module):
+    """One layer over [sequences, tokens, 8], or tokens first: ``within`` the model alone, or of its inputs, too."""
+
+    def __init__(self, within):
+        super().__init__()
+        self.layer, self.within = nn.Linear(8, 8), within
+
+    def forward(self, x, attention_mask=None):
+        return self.layer(x.transpose(0, 1)).transpose(0, 1) if self.within else self.layer(x)
+
+
+@pytest.mark.parametrize("tokens", [2, 3, 4])
+@pytest.mark.parametrize("within, dim", [(False, 0), (True, 0), (False, 1), (True, 1)])
+@torch.no_grad()
+def test_of_rows_in_any_order_the_adapter_that_overflows_is_named(within, dim, tokens):
+    """No other one, in whichever token it does; in padding none is."""
+    model = Turned(within)
+    store = fused_lora.AdapterStore(model)
+    store.load("good", {"layer": (torch.randn(2, 8), torch.randn(8, 2), 1.0)})
+    store.load("bad", {"layer": (torch.eye(2, 8) * 1e30, torch.full((8, 2), 1e30), 1.0)})
+    for names in (["bad", "good"], ["good", "bad"], ["bad", None], [None, "bad"]):
+        for token in range(tokens):
+            x, mask = torch.zeros(2, tokens, 8), torch.ones(2, tokens, dtype=torch.int64)
+            x[names.index("bad"), token, 0] = 1
+            mask[names.index("bad"), token] = 0
+            x = x.transpose(0, dim)
+            with pytest.raises(NonFiniteOutput) as caught, store.batch(names, dim=dim):
+                model(x)
+            assert caught.value.identities == ("bad@1",)
+            with store.batch(names, dim=dim):
+                model(x, attention_mask=mask)

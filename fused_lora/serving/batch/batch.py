@@ -23,7 +23,7 @@ from fused_lora.modules.names import some
 from fused_lora.modules.outputs import main_output
 from fused_lora.ops import guard
 from fused_lora.rows import NESTED, Call, Entries, Layout, RowFinder, Running
-from fused_lora.serving.batch.finite import bad_positions, unless_padding
+from fused_lora.serving.batch.finite import Order, bad_positions, by_sequence, unless_padding
 from fused_lora.serving.batch.gradients import GradientsOff
 from fused_lora.serving.batch.prepared import Group, Prepared, Rows, members_of
 from fused_lora.serving.batch.siblings import Shared, Siblings, Trace, state_of
@@ -259,23 +259,28 @@ class Batch:
             trace.offsets, trace.tokens, trace.changed = {}, 0, ()
         if call is None or output is None or not (self.check_outputs and self.groups):
             return
-        for bad in self._bad_sums():
-            self._unread.append(self._with_groups(unless_padding(bad, kwargs, call.sequences)))
+        count, dim = call.sequences, self._entries.dim
+        bad = [each if each.dim() > 1 else by_sequence(each, count, dim) for each in self._bad_sums()]
         found = main_output(output, dims=2)  # a dimension for rows
         if found is not None and not guard.capturing(found.device):
-            self._unread.append(self._with_groups(unless_padding(bad_positions(found), kwargs, call.sequences)))
+            bad.append(by_sequence(bad_positions(found), count, dim))
+        self._unread += [self._with_groups(unless_padding(each, kwargs)) for each in bad]
         if found is None or not found.is_cuda:
             self._read_checks()
 
     def bad_rows(self) -> list[int]:
         """The rows of a packed batch in which the output of an adapted layer was not finite. CPU only; a second call
         returns none."""
-        return sorted({row for bad in self._bad_sums() for row in bad.nonzero().view(-1).tolist()})
+        return sorted({row for bad in self._bad_sums() for row, *_ in bad.nonzero().tolist()})
 
     def _bad_sums(self) -> list[Tensor]:
-        trace = self._trace()
+        """Bool [sequences, positions] of layers' rows; [rows] in the order of a layer where that is not known."""
+        trace, found = self._trace(), []
         sums, trace.sums = trace.sums, {}
-        return [torch.isfinite(found).logical_not_() for found in sums.values()]
+        for (_, order), values in sums.items():
+            bad = torch.isfinite(values).logical_not_()
+            found.append(bad if order is None else bad.view(-1, *order).transpose(0, 1).flatten(1))
+        return found
 
     def _with_groups(self, bad: Tensor) -> tuple[Tensor, np.ndarray | None]:
         """Bool [n], and the group of each of the n rows or sequences. None if the model returned other rows."""
@@ -340,11 +345,11 @@ class Batch:
         try:
             if torch.is_autocast_enabled(x.device.type):
                 with torch.autocast(x.device.type, enabled=False):
-                    self._add(site, x, y, trace, _autocast_dtype(x))
+                    order = self._add(site, x, y, trace, _autocast_dtype(x))
             else:
-                self._add(site, x, y, trace, x.dtype)
+                order = self._add(site, x, y, trace, x.dtype)
             if not y.is_cuda:
-                trace.look(y.view(-1, site.N))
+                trace.look(y.view(-1, site.N), order)
         finally:
             call.pause(False)
 
@@ -382,10 +387,10 @@ class Batch:
             for arrival in self._arriving:
                 for each in sites:
                     arrival.wait(each.index)
-            rows = trace.rows.get((site.index, x.shape)) or self._rows(trace, site, x, x)
+            rows, order = trace.rows.get((site.index, x.shape)) or self._rows(trace, site, x, x)
             self._prepared.experts_(rows, sites, inputs, y)
             if isinstance(y, Tensor) and not (x.is_cuda or form.calls_module):
-                trace.look(y)
+                trace.look(y, order)
         finally:
             call.pause(False)
 
@@ -431,32 +436,33 @@ class Batch:
         if torch._C._is_tracing() or self._buffers is None and guard.capturing(x.device):
             raise RuntimeError(_CAPTURED)
 
-    def _add(self, site: Site, x: Tensor, y: Tensor, trace: Trace, dtype: torch.dtype) -> None:
-        """dtype: that x takes first, as in the base layer."""
+    def _add(self, site: Site, x: Tensor, y: Tensor, trace: Trace, dtype: torch.dtype) -> Order:
+        """Returns the order of the rows. dtype: that x takes first, as in the base layer."""
         index = site.index
         self._check(x, y)
         if site.kind == "embedding":
             for arrival in self._arriving:
                 arrival.wait(index)
-            rows = trace.rows.get((index, x.shape)) or self._rows(trace, site, x, y)
+            rows, order = trace.rows.get((index, x.shape)) or self._rows(trace, site, x, y)
             self._prepared.embed_(rows, site, x.reshape(-1), y.view(-1, site.N))
-            return
+            return order
         if not y.numel():
-            return
+            return None
         y, shared = y.view(-1, site.N), trace.shared
         if shared is not None:
             trace.shared = None
             if shared.add(index, x, y):
                 trace.shared = shared if shared.waiting else None
-                return
+                return trace.rows.get((shared.first, x.shape), (None, None))[1]
             self._siblings.forget(shared.first)
-        rows = trace.rows.get((index, x.shape)) or self._rows(trace, site, x, y)
+        rows, order = trace.rows.get((index, x.shape)) or self._rows(trace, site, x, y)
         flat = x.reshape(-1, site.K).to(dtype)
         if self._prepared.by_kernels and self._launch(rows, index, x, flat, y, trace):
-            return
+            return order
         for arrival in self._arriving:
             arrival.wait(index)
         self._prepared.eager_(rows, index, flat, y)
+        return order
 
     def _launch(self, rows: Rows, index: int, x: Tensor, flat: Tensor, y: Tensor, trace: Trace) -> bool:
         """``_add`` by the kernels, together with layers that read x if there are such; False: not done."""
@@ -484,7 +490,7 @@ class Batch:
             trace = self._traces[thread] = Trace(Running(self._finder, self._entries, self._before))
         return trace
 
-    def _rows(self, trace: Trace, site: Site, x: Tensor, y: Tensor) -> Rows:
+    def _rows(self, trace: Trace, site: Site, x: Tensor, y: Tensor) -> tuple[Rows, Order]:
         call, here = trace.running.call, self.store.device
         assert call is not None
         if x.device != here or y.device != here:  # a kernel would follow addresses of another device
@@ -493,19 +499,21 @@ class Batch:
                 f"and {y.device}"
             )
         layout = call.layout(site.place, x)
-        rows = trace.arranged.get((layout, x.shape))
-        if rows is None:
+        found = trace.arranged.get((layout, x.shape))
+        if found is None:
+            order = None
             if layout is None:
                 one = self._group_of_sequence(len(self._group_of_entry))[:1]
                 groups = np.repeat(one, x.shape[:-1].numel())
             else:
                 sequences = layout.sequence_of_row(x.shape, call.sequences)
                 groups = self._group_of_sequence(call.sequences)[sequences]
+                order = call.sequences, layout.stride(x.shape)
                 if self._invocations:
                     groups = np.where(self._changed(trace, site, layout, x.shape, sequences), groups, -1)
-            rows = trace.arranged[layout, x.shape] = self._prepared.rows(groups, x.device)
-        trace.rows[site.index, x.shape] = rows
-        return rows
+            found = trace.arranged[layout, x.shape] = self._prepared.rows(groups, x.device), order
+        trace.rows[site.index, x.shape] = found
+        return found
 
     def _changed(self, trace: Trace, site: Site, layout: Layout, shape: Sequence[int], of: np.ndarray) -> np.ndarray:
         """Whether an adapter changes each row of a layer's input [sequences, tokens, K] or [sequences * tokens, K].

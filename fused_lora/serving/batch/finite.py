@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# of the rows of a layer: how many sequences there are, and how many rows of one follow each other; None: not known
+Order = tuple[int, int] | None
+
 
 def bad_positions(output: Tensor) -> Tensor:
     """Bool [*output.shape[:-1]]: NaN or +inf somewhere in the last dimension, or -inf all over it (single tokens may be
@@ -15,10 +18,20 @@ def bad_positions(output: Tensor) -> Tensor:
     return torch.isfinite(output.amax(-1)).logical_not_()
 
 
-def unless_padding(bad: Tensor, kwargs: Mapping[str, Any], sequences: int | None) -> Tensor:
-    """``bad``, [B, T] or [B * T], without what the mask in the model's arguments says is padding."""
-    if bad.dim() == 1 and sequences and len(bad) % sequences == 0:
-        bad = bad.view(sequences, -1)
+def by_sequence(bad: Tensor, sequences: int, dim: int) -> Tensor:
+    """``bad`` with the sequences first, of an output whose dimensions are those of the inputs, or one for all rows.
+
+    dim: of the inputs that holds the sequences.
+    """
+    if dim < bad.dim() and bad.shape[dim] == sequences:
+        return bad.movedim(dim, 0)
+    if bad.dim() == 1 and dim < 2 and sequences and len(bad) % sequences == 0:
+        return bad.view(-1, sequences).t() if dim else bad.view(sequences, -1)
+    return bad
+
+
+def unless_padding(bad: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
+    """``bad``, [B, T], without what the mask in the model's arguments says is padding."""
     decodes = any(kwargs.get(name) is not None for name in ("decoder_input_ids", "encoder_outputs"))
     mask = kwargs.get("decoder_attention_mask" if decodes else "attention_mask")
     if not (isinstance(mask, Tensor) and mask.dim() == 2 and bad.dim() == 2 and len(mask) == len(bad)):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fused_lora.rows import Running
+from fused_lora.serving.batch.finite import Order
 from fused_lora.serving.batch.gradients import GradientsOff
 from fused_lora.serving.batch.prepared import Rows, Step
 from fused_lora.serving.residency.packing import Site
@@ -52,12 +53,13 @@ class Trace:
 
     Attributes:
         shared: what the next layers may use. seen: the layers called last, as far as they had one input. running: the
-            call of the model. case: of the last call. rows: by a layer's number and the shape of its input.
-            arranged: by the layout of an input and its shape.
+            call of the model. case: of the last call. rows: and their order, by a layer's number and the shape of its
+            input. arranged: the same by the layout of an input and its shape.
         offsets: in this call: an aLoRA's identity -> of each sequence, how many rows at its end are the adapter's.
         tokens: of each sequence in this call, if there are such. changed: of each sequence, how many of them an adapter
             changes.
-        sums: of the values in each row of the layers' outputs, by the number of rows: not finite if one of them is not.
+        sums: of the values in each row of the layers' outputs, by the number of rows and their order: not finite if one
+            of them is not.
         sequences: that the latest layer in compiled code has shown.
         gradients: what has switched them off for this call, in a thread that the batch was handed to.
     """
@@ -69,19 +71,19 @@ class Trace:
         self.state: Any = None
         self.running = running
         self.case: tuple | None = None
-        self.rows: dict[tuple, Rows] = {}
-        self.arranged: dict[tuple, Rows] = {}
-        self.sums: dict[int, Tensor] = {}
+        self.rows: dict[tuple, tuple[Rows, Order]] = {}
+        self.arranged: dict[tuple, tuple[Rows, Order]] = {}
+        self.sums: dict[tuple[int, Order], Tensor] = {}
         self.gradients: GradientsOff | None = None
         self.offsets: dict[str, list[int | None]] = {}
         self.sequences: int | None = None
         self.tokens = 0
         self.changed: tuple[int, ...] = ()
 
-    def look(self, y: Tensor) -> None:
+    def look(self, y: Tensor, order: Order) -> None:
         """Keep what tells whether the rows of a layer's output y [rows, N] are finite, layer by layer."""
         sums = y.sum(-1, dtype=torch.promote_types(y.dtype, torch.float32))
-        known = self.sums.setdefault(len(sums), sums)
+        known = self.sums.setdefault((len(sums), order), sums)
         if known is not sums:
             known.add_(sums)
 
