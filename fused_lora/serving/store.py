@@ -21,7 +21,7 @@ from fused_lora.serving.batch.siblings import Siblings
 from fused_lora.serving.batch.static import RowBuffers
 from fused_lora.serving.residency.packing import largest_scale
 from fused_lora.serving.residency.registry import Registry
-from fused_lora.serving.residency.residency import Version
+from fused_lora.serving.residency.residency import Residency, Version
 from fused_lora.serving.residency.transfer import open_transfer
 
 _MOST_RESIDENT = 1 << 20
@@ -84,7 +84,7 @@ class AdapterStore(Registry):
         here, model_dtype = weight_of(next(iter(sites.values())))
         self.device = _device(here if device is None else device)
         transfer = open_transfer(self.device, model_dtype, dtype, sites, max_resident)
-        super().__init__(model, sites, transfer, capacity_bytes, grow, host_bytes, max_resident)
+        super().__init__(model, sites, Residency(transfer, capacity_bytes, grow, host_bytes, max_resident))
         self._prepared: dict[Any, Prepared] = {}
         self._siblings = Siblings()
         self._open_batches: set[int] = set()

@@ -19,7 +19,6 @@ from fused_lora.serving.residency.naming import check_served_name
 from fused_lora.serving.residency.packing import Packed, Site, check_folder, from_folder, from_tensors, signature
 from fused_lora.serving.residency.refusal import Refusal
 from fused_lora.serving.residency.residency import Residency, StoreFull, Version
-from fused_lora.serving.residency.transfer import Transfer
 
 Source = str | os.PathLike | Mapping[str, tuple[Tensor, Tensor, float]] | nn.Module
 
@@ -45,30 +44,19 @@ class Registry:
     """The part of an AdapterStore that loads, names and holds adapters.
 
     Args:
-        model, sites: what adapters are checked against. transfer, capacity, grow, host_capacity, slots: where they go.
+        model, sites: what adapters are checked against. residency: where they go.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        sites: Mapping[str, Site],
-        transfer: Transfer,
-        capacity: int | None,
-        grow: int | None,
-        host_capacity: int | None,
-        slots: int,
-    ):
-        self.model, self._sites, self._transfer = model, sites, transfer
+    def __init__(self, model: nn.Module, sites: Mapping[str, Site], residency: Residency):
+        self.model, self._sites = model, sites
+        self._residency, self._transfer, self._lock = residency, residency.transfer, residency.changed
         self._versions: dict[str, Version] = {}
         self._unloaded: dict[str, int] = {}  # the last versions of names that have none now, latest last
         self._forgotten = 0  # no version of a name that is in neither is above it
-        self._pinned: set[str] = set()
         self._pool: ThreadPoolExecutor | None = None
         self._process = 0  # that has made it
         self._hits = self._misses = 0
         self._detached = False
-        self._residency = Residency(transfer, capacity, grow, host_capacity, slots, lambda name: name in self._pinned)
-        self._lock = self._residency.changed
         self._attachment: Any = None  # says which layers an adapter would not reach
 
     def load(
@@ -207,8 +195,9 @@ class Registry:
     def unload(self, name: str) -> None:
         """Remove an adapter. Its memory is freed when no batch uses it any more. Raises AdapterNotFound."""
         with self._lock:
-            version, pinned = self._find(name), self._pinned - {name}
-            self._unloaded[name], self._pinned, version.retired = version.number, pinned, True
+            version, place = self._find(name), self._residency
+            pinned = place.pinned - {name}
+            self._unloaded[name], place.pinned, version.retired = version.number, pinned, True
             del self._versions[name]  # Python handles no signal between these
             self._residency.retire(version)
             if len(self._unloaded) > _REMEMBERED:
@@ -226,7 +215,7 @@ class Registry:
         try:
             with self._lock:
                 self._find(name)
-                self._pinned.add(name)
+                self._residency.pinned.add(name)
         finally:
             try:
                 lease.release()
@@ -238,7 +227,7 @@ class Registry:
         """Allow ``name`` to be evicted again. Raises AdapterNotFound."""
         with self._lock:
             self._find(name)
-            self._pinned.discard(name)
+            self._residency.pinned.discard(name)
 
     def names(self) -> list[str]:
         """The adapters that may be used, on the device or not."""
@@ -294,7 +283,7 @@ class Registry:
                 "adapters": len(self._versions),
                 "resident": len(place.resident),
                 "in_use": sum(version.held > 0 for version in place.resident),
-                "pinned": len(self._pinned),
+                "pinned": len(place.pinned),
                 "hits": self._hits,
                 "misses": self._misses,
                 "loads": place.loads,

@@ -91,17 +91,13 @@ class Residency:
         transfer: how bytes reach the device.
         capacity, grow: of the arena. host_capacity: bytes on the host, or None for no limit. slots: most adapters on
             the device at a time.
-        is_pinned: whether a name must stay on the device.
+
+    Attributes:
+        pinned: names whose versions must stay on the device.
     """
 
     def __init__(
-        self,
-        transfer: Transfer,
-        capacity: int | None,
-        grow: int | None,
-        host_capacity: int | None,
-        slots: int,
-        is_pinned: Callable[[str], bool],
+        self, transfer: Transfer, capacity: int | None, grow: int | None, host_capacity: int | None, slots: int
     ):
         self.transfer, self.host_capacity = transfer, host_capacity
         self.changed = threading.Condition(threading.RLock())
@@ -112,7 +108,8 @@ class Residency:
         # interrupt loses none
         self._placed: set[Version] = set()
         self._on_host: set[Version] = set()
-        self._is_pinned, self._slots = is_pinned, slots
+        self.pinned: set[str] = set()
+        self._slots = slots
         self._clock = itertools.count(1)
         _all.add(self)
 
@@ -299,7 +296,7 @@ class Residency:
         )
 
     def _may_leave(self, version: Version) -> bool:
-        return not (version.held or version.moving is not None or self._is_pinned(version.name))
+        return not (version.held or version.moving is not None or version.name in self.pinned)
 
     def _save(self, version: Version) -> bool:
         """Whether the version may leave the device: it has files, or there was room to copy it to the host."""
