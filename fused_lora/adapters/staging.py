@@ -102,11 +102,12 @@ def put_in_place(stage: str, target: str, exists: bool) -> None:
         os.rename(stage, target)
     elif not exchange(stage, target):
         old = f"{stage.removesuffix('tmp')}old"
-        os.rename(target, old)
         try:
+            os.rename(target, old)
             os.rename(stage, target)
-        except OSError:
-            os.rename(old, target)
+        except BaseException:  # an interrupt, too
+            if not os.path.lexists(target):
+                os.rename(old, target)
             raise
         os.rename(old, stage)
 

@@ -4,6 +4,7 @@ import copy
 import errno
 import json
 import os
+import shutil
 import sys
 import threading
 import time
@@ -22,6 +23,7 @@ from fused_lora.modules.config import LoraConfig
 from fused_lora.modules.inject import AdapterNotFound, adapter_configs, inject, lora_layers, set_adapter
 from fused_lora.modules.merging import merge, unmerge
 from fused_lora.testing.numeric import assert_close
+from helpers import interrupts
 from helpers.alone import run_killed
 from helpers.checkpoint_files import write_adapter
 from helpers.seeds import shifted
@@ -442,6 +444,21 @@ def test_other_entries_stay(tmp_path, way):
     assert os.readlink(target / "link") == "README.md" and (target / "README.md").stat().st_ino == inode
     assert target.stat().st_mode & 0o777 == 0o750 and (target / "sub" / "deep").stat().st_mode & 0o777 == 0o711
     assert leftovers(tmp_path) == []
+
+
+def test_an_interrupt_of_a_save_leaves_all_old_files_or_all_new_ones(tmp_path, way):
+    target = tmp_path / "parent" / "t"
+
+    def begin():
+        shutil.rmtree(tmp_path / "parent", ignore_errors=True)
+        staging.replace_directory(target, write_pair(0))
+        (target / "other").write_text("other")
+
+    for place in interrupts.everywhere(begin, lambda: staging.replace_directory(target, write_pair(1))):
+        assert target.is_dir() and pair(target) in (("0", "0"), ("1", "1")), place
+        assert (target / "other").read_text() == "other", place
+        staging.replace_directory(target, write_pair(2))
+        assert pair(target) == ("2", "2") and leftovers(target.parent) == [], place
 
 
 def test_a_file_that_is_written_over_while_it_is_read_is_refused(tmp_path, monkeypatch):
