@@ -153,7 +153,7 @@ def test_entries(store, unchanged, names, error, message):
     "rows, error",
     [
         *((rows, TypeError) for rows in (None, 3, "3", {0: 3}, [1.5], torch.tensor([0.0]))),
-        *((rows, ValueError) for rows in ([10**30], [1, 2], [-1], torch.tensor([0, 1]))),
+        *((rows, ValueError) for rows in ([10**30], [1, 2], [-1], torch.tensor([0, 1]), np.uint64([2**64 - 1]))),
     ],
 )
 def test_rows(store, unchanged, rows, error):

@@ -202,7 +202,7 @@ class Layer:
                 own.copy_(own.double() - a.scaling * a.bias)
 
 
-def _adapter(module: Any, name: str, embeds: bool = False) -> Adapter:
+def _adapter(module: Any, name: str, embeds: bool) -> Adapter:
     """lora_A [r, K], lora_B [N, r], scaling, lora_bias [N] and magnitude [N] of an adapter, in float64."""
     scaling = float(module.scaling[name])
     if embeds:

@@ -61,8 +61,8 @@ def check_layer(layer: Layer, unmerged: Pass) -> list[LayerCheck]:
         got = ym[:, part].double()
         error = got - product(rows, Wm, bm, [])
         folded = max(folded, ratio(error, merged_bound(units, rows, Wm, bm, got)))
-        base, term = spread(rows, W, Wm, mine)
-        base_size, term_size = base_size + base.sum().item(), term_size + term.sum().item()
+        of_base, of_term = spread(rows, W, Wm, mine)
+        base_size, term_size = base_size + of_base.sum().item(), term_size + of_term.sum().item()
         moved += (units.step**2 * (Wm - W).square().sum(1) / 3).sum().item() if units.step is not None else 0.0
     # the weight's rounding as it acts on these rows, two roundings of the result, half of sqrt(K) in the sums
     count = max(y.numel(), 1)

@@ -48,10 +48,10 @@ def rows_to_entries(entries: int, rows: Sequence[int] | Tensor | np.ndarray) -> 
         index = rows.detach().cpu().numpy() if isinstance(rows, Tensor) else rows
         if index.dtype.kind not in "iu":
             raise TypeError(f"rows: expected integers, got {index.dtype}")
-        index = index.reshape(-1).astype(np.int64)
-        if len(index) and not -1 <= index.min() <= index.max() < entries:
+        index = index.reshape(-1)
+        if len(index) and not -1 <= index.min() <= index.max() < entries:  # before uint64 becomes negative
             raise ValueError(f"rows: expected indices of -1 to {entries - 1}, got {index.min()} to {index.max()}")
-        return index
+        return index.astype(np.int64)
     counts: list[Any] = list(rows) if isinstance(rows, Sequence) and not isinstance(rows, str) else [None]
     if any(isinstance(n, bool) or not isinstance(n, (int, np.integer)) for n in counts):
         raise TypeError("rows: expected a list of row counts, or a tensor with the entry of each row")
