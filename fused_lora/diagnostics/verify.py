@@ -101,7 +101,7 @@ def verify(
     _check_finite(layers)
     findings, notes = _training_flags(model)
     others = [reference] if isinstance(reference, nn.Module) else []
-    with restored(model, *others, besides={layer.base for layer in layers}):
+    with restored(model, *others, layers=layers):
         # first: calls may repack quantised weights
         compared = None if reference is None else compare_weights(model, [*layers, *folded], reference)
         findings += _stubborn(model)

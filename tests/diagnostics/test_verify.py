@@ -13,8 +13,10 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 import fused_lora
 from fused_lora import verify
-from fused_lora.diagnostics.verification import report, weights
+from fused_lora.diagnostics.verification import layers as layer_states
+from fused_lora.diagnostics.verification import passes, report, weights
 from helpers.hooks import hooks
+from helpers.interrupts import everywhere
 from helpers.seeds import shifted
 from helpers.twins import randomize_adapters, twin_models
 
@@ -722,3 +724,25 @@ def test_tf32_is_seen_whichever_way_it_was_switched_on(switch):
             matmul.fp32_precision = "none"
         torch.set_float32_matmul_precision(before)
     assert found.operand == (0.0 if switch == "none" else 2.0**-11)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("part, step", [(layer_states, 7), (passes, 2)])
+def test_an_interrupt_leaves_the_model_as_it_was(part, step, merged):
+    model = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.1))
+    fused_lora.inject(model, fused_lora.LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
+    if merged:
+        fused_lora.merge(model)
+    x, layer = torch.randn(3, 8), model[0]
+
+    def state():
+        weights = [(name, p.data_ptr(), p.tolist()) for name, p in model.state_dict().items()]
+        flags = [module.training for module in model.modules()]
+        held = [hooks(module) for module in model.modules()]
+        return weights, flags, held, torch.is_grad_enabled(), layer.merged_adapters, layer.active_adapters
+
+    before, places = state(), 0
+    for place in everywhere(lambda: None, lambda: verify(model, x), part.__file__, step=step):
+        assert state() == before, place
+        places += 1
+    assert places > 30

@@ -168,7 +168,7 @@ class ExpertsLayer(Layer):
         for parameter in self.parameters.values():
             parameter.data = parameter.data.clone()
 
-    def _take_away(self, state: Any) -> None:
+    def _take_away(self) -> None:
         changes = self.changes()
         for path, weight in self.weights().items():
             for W, own in zip(self.matrices(weight), changes[path], strict=True):

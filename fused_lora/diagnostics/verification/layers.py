@@ -132,32 +132,39 @@ class Layer:
     @contextmanager
     def shown(self, merged: bool) -> Iterator[None]:
         """A context in which the layer is merged, or unmerged. Afterwards weight, bias and state are restored."""
-        base, kept = self.base, [(module, _attributes(module)) for module, _ in self.holders]
-        kind = base_of(base)
-        with unchanged(base) as put_back:
-            try:
-                if merged != self.merged:
-                    if merged or not kind.bits:  # the record of a quantised merge knows the parameter itself
-                        self._copy()
-                    self._switch(merged)
-                    if not merged and self.broken:  # the same way in every pass, or the model would look random
-                        put_back()
-                        self._copy()
-                        self._take_away(kept[0][1].get("merge_state"))
-                        for module, _ in self.holders:
-                            module.merged_adapters = []
-                            if hasattr(module, "merge_state"):
-                                module.merge_state = None
-                if kind.bits:  # whose calls may repack the weight
-                    kind.copy_weight(base)
-                for module, names in self.holders:
-                    _activate(module, names)
-                yield
-            finally:
-                for module, attributes in kept:
-                    for name in set(vars(module)) - _MODULE_ATTRIBUTES - set(attributes):
-                        delattr(module, name)
-                    vars(module).update(attributes)
+        kind, put_back = base_of(self.base), self.keep()
+        try:
+            if merged != self.merged:
+                if merged or not kind.bits:  # the record of a quantised merge knows the parameter itself
+                    self._copy()
+                self._switch(merged)
+                if not merged and self.broken:  # the same way in every pass, or the model would look random
+                    put_back()
+                    self._copy()
+                    self._take_away()
+                    for module, _ in self.holders:
+                        module.merged_adapters = []
+                        if hasattr(module, "merge_state"):
+                            module.merge_state = None
+            if kind.bits:  # whose calls may repack the weight
+                kind.copy_weight(self.base)
+            for module, names in self.holders:
+                _activate(module, names)
+            yield
+        finally:
+            put_back()
+
+    def keep(self) -> Callable[[], None]:
+        """What puts weight, bias and state back as they are now, any number of times."""
+        put_back = keep(self.base)
+        kept = [(module, _attributes(module)) for module, _ in self.holders]
+
+        def put_all_back() -> None:
+            put_back()
+            for module, attributes in kept:
+                _set_attributes(module, attributes)
+
+        return put_all_back
 
     def _copy(self) -> None:
         base_of(self.base).copy_weight(self.base)
@@ -179,13 +186,13 @@ class Layer:
         if doubts and not merged and not self.broken:  # unmerged, but not to the weight that was merged into
             self.broken = str(doubts[0].message)
 
-    def _take_away(self, state: Any) -> None:
+    def _take_away(self) -> None:
         """Take D from the copy if the layer's own unmerge refuses: the best estimate of the original weight.
 
         A quantised one stays as it is: the finding says that it was replaced. So does one with DoRA that PEFT has
-        merged: its c depends on the weight that is not there. state: of the merge, None of PEFT's.
+        merged: its c depends on the weight that is not there.
         """
-        adapters = self.adapters()
+        adapters, state = self.adapters(), getattr(self.module, "merge_state", None)
         dora = any(a.magnitude is not None for a in adapters)
         if not (base_of(self.base).bits or (dora and state is None)):
             W, scale = self.weight.double(), None
@@ -215,12 +222,8 @@ def _adapter(module: Any, name: str, embeds: bool) -> Adapter:
     return Adapter(A.double(), B.weight.data.double(), scaling, bias, magnitude)
 
 
-@contextmanager
-def unchanged(base: Any) -> Iterator[Callable[[], None]]:
-    """A context after which a base layer's weight, bias and attributes are those of before.
-
-    It gives a function that puts them back at once.
-    """
+def keep(base: Any) -> Callable[[], None]:
+    """What puts a base layer's weight, bias and attributes back as they are now, any number of times."""
     parameters = base._parameters.copy()
     attributes = {name: value for name, value in vars(base).items() if name not in _MODULE_ATTRIBUTES}
     data = {name: parameter.data for name, parameter in parameters.items() if parameter is not None}
@@ -230,20 +233,22 @@ def unchanged(base: Any) -> Iterator[Callable[[], None]]:
         base._parameters.update(parameters)
         for name, numbers in data.items():
             base._parameters[name].data = numbers
-        for name in set(vars(base)) - _MODULE_ATTRIBUTES - set(attributes):
-            delattr(base, name)
-        vars(base).update(attributes)
+        _set_attributes(base, attributes)
 
-    try:
-        yield put_back
-    finally:
-        put_back()
+    return put_back
 
 
 def _attributes(module: nn.Module) -> dict:
     """The module's own attributes, with lists and dicts copied because a merge changes them in place."""
     kept = {name: value for name, value in vars(module).items() if name not in _MODULE_ATTRIBUTES}
     return {name: value.copy() if type(value) in (list, dict) else value for name, value in kept.items()}
+
+
+def _set_attributes(module: nn.Module, attributes: dict) -> None:
+    """Give a module these attributes of its own, and no others."""
+    for name in set(vars(module)) - _MODULE_ATTRIBUTES - set(attributes):
+        delattr(module, name)
+    vars(module).update(attributes)
 
 
 def _activate(module: Any, names: list[str]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_lora.bases import base_of
-from fused_lora.diagnostics.verification.layers import Layer, unchanged
+from fused_lora.diagnostics.verification.layers import Layer, keep
 from fused_lora.modules.outputs import main_output
 
 
@@ -65,6 +65,15 @@ def run(
         return hook
 
     handles = []
+
+    def end() -> None:
+        """Does nothing the second time."""
+        for handle in handles:
+            handle.remove()
+        for states in open_states.values():
+            while states:
+                states.pop().close()
+
     try:
         for layer in layers:
             handles.append(layer.module.register_forward_pre_hook(enter(layer)))
@@ -77,11 +86,11 @@ def run(
             raise TypeError(f"model: expected {wanted}, got {type(result).__name__}")
         found.output = output.detach().clone()
     finally:
-        for handle in handles:
-            handle.remove()
-        for states in open_states.values():
-            for state in reversed(states):
-                state.close()
+        try:
+            end()
+        except BaseException:  # an interrupt
+            end()
+            raise
     return found
 
 
@@ -106,20 +115,31 @@ def _call(model: nn.Module, inputs: Any) -> object:
 
 
 @contextmanager
-def restored(*models: nn.Module, besides: Set[nn.Module] = frozenset()) -> Iterator[None]:
+def restored(*models: nn.Module, layers: Sequence[Layer]) -> Iterator[None]:
     """Eval mode without gradients. Afterwards training flags, buffers, quantised weights and RNG states are restored.
 
-    ``besides``: base layers whose weights are left to ``Layer.shown``.
+    ``layers``: what is left of them where an interrupt came into the end of a ``Layer.shown`` is restored, too.
 
     Compiled modules run eagerly inside, because hooks do not work in compiled code.
     """
     flags = [(module, module.training) for model in models for module in model.modules()]
     buffers = [(buffer, buffer.clone()) for model in models for buffer in model.buffers()]
+    quantised = {module for model in models for module in model.modules() if base_of(module).bits}
+    quantised -= {layer.base for layer in layers}
+    kept = [*(layer.keep() for layer in layers), *map(keep, quantised)]
+
+    def put_back() -> None:
+        """Any number of times."""
+        for put_one_back in kept:
+            put_one_back()
+        for module, training in flags:
+            module.training = training
+        for buffer, before in buffers:
+            if not torch.equal(buffer, before):
+                buffer.copy_(before)
+
     devices = {p.device for model in models for p in model.parameters() if p.device.type not in ("cpu", "meta")}
     with ExitStack() as stack:
-        for base in {module for model in models for module in model.modules() if base_of(module).bits} - besides:
-            stack.enter_context(unchanged(base))
-            base_of(base).copy_weight(base)  # calls may repack it
         stack.enter_context(torch.random.fork_rng(devices=[]))  # the CPU generator
         for kind in sorted({device.type for device in devices}):
             indices = list(range(torch.get_device_module(kind).device_count()))
@@ -128,12 +148,14 @@ def restored(*models: nn.Module, besides: Set[nn.Module] = frozenset()) -> Itera
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         try:
+            for base in quantised:
+                base_of(base).copy_weight(base)  # calls may repack it
             for model in models:
                 model.eval()
             yield
         finally:
-            for module, training in flags:
-                module.training = training
-            for buffer, before in buffers:
-                if not torch.equal(buffer, before):
-                    buffer.copy_(before)
+            try:
+                put_back()
+            except BaseException:  # an interrupt
+                put_back()
+                raise

@@ -15,7 +15,7 @@ from fused_lora.bases.base import Factors, why_not_plain_weight
 from fused_lora.diagnostics.verification import report
 from fused_lora.diagnostics.verification.experts import ExpertsLayer
 from fused_lora.diagnostics.verification.find import find_layers
-from fused_lora.diagnostics.verification.layers import Layer, unchanged
+from fused_lora.diagnostics.verification.layers import Layer, keep
 from fused_lora.diagnostics.verification.report import Finding
 from fused_lora.diagnostics.verification.weights import Relation, relate
 from fused_lora.modules.tree import bare_path
@@ -171,7 +171,7 @@ def _by_plain_name(source: nn.Module | Mapping[str, Tensor], names: Mapping[str,
     quantised = _quantised(source)
     with ExitStack() as stack:
         for _, module in quantised:
-            stack.enter_context(unchanged(module))
+            stack.callback(keep(module))
             base_of(module).copy_weight(module)  # state_dict takes a repacked weight back, in place
         items = source.state_dict() if isinstance(source, nn.Module) else source
     for path, module in quantised:
