@@ -132,6 +132,7 @@ def test_models_that_do_not_exist(server, name):
         *((dict(lora_path=path), 404, "lora_path") for path in ("ü", "~", "b/adapter_config.json", "a/" * 100)),
         (dict(load_inplace="yes"), 400, "load_inplace"),
         (dict(is_merged=True), 400, "is_merged"),
+        ({"str": 1}, 400, "str"),
     ],
 )
 def test_loads(server, changes, status, param):

@@ -146,7 +146,7 @@ def malformed(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     place = [str(part) for part in first["loc"] if part != "body"]
     if first["type"] == "json_invalid":
         return ApiError(400, f"body: no JSON: {first['ctx']['error']} at character {place[-1]}")
-    choice = next((i for i, part in enumerate(place) if _CHOICE.fullmatch(part)), None)
+    choice = next((i for i, part in enumerate(place) if i and _CHOICE.fullmatch(part)), None)  # behind the field's name
     where = ".".join(place[:choice])[:200]
     if choice:
         return ApiError(400, f"{where}: expected {_EXPECTED[place[choice - 1]]}", where)
