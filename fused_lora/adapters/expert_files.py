@@ -116,7 +116,8 @@ def as_peft(
     turned = _packed(entries, config, layout, prefix, stacks) if config.target_parameters else {}
     if not found and not turned:
         return same
-    ranks = {stack: _rank(path, entries, stack, pieces) for stack, pieces in found.items()}
+    rows = {stack: _rows(path, entries, stack, pieces) for stack, pieces in found.items()}
+    ranks = {stack: rank for stack, (_, rank) in rows.items()}
     changed = _config(path, config, entries, used, prefix, found, ranks)
     names = {stack.path: name for name, stack in stacks(changed).items()} if found else {}
     rest = {key: entry for key, entry in entries.items() if key not in used and key not in turned}
@@ -124,7 +125,7 @@ def as_peft(
     for stack, pieces in found.items():
         if (key := f"{prefix}{names[stack.path]}.lora_A.weight") in rest or key in turned:
             raise AdapterError(path, key, f"experts of {stack.path!r} in one layout", f"{pieces[0].A} beside it")
-        made[f"{prefix}{names[stack.path]}"] = lambda tensors, s=stack, p=pieces: _stacked(tensors, s, p, ranks[s])
+        made[f"{prefix}{names[stack.path]}"] = lambda tensors, s=stack, p=pieces: _stacked(tensors, s, p, *rows[s])
         _add(rest, f"{prefix}{names[stack.path]}", entries[pieces[0].A].dtype, stack, ranks[stack])
     for key in turned:
         if key.endswith(".lora_A.weight"):
@@ -250,8 +251,13 @@ def _match(name: str) -> re.Match[str] | None:
     return found if found is not None and (found["leaf"] in _HALVES or found["leaf"] in _WHOLE) else None
 
 
-def _rank(path: str, entries: Mapping[str, TensorEntry], stack: Stacked, pieces: list[Piece]) -> int:
-    """Of the stacked parameter's adapter: the sum over halves of the largest rank of an expert."""
+def _rows(
+    path: str, entries: Mapping[str, TensorEntry], stack: Stacked, pieces: list[Piece]
+) -> tuple[dict[int | None, int], int]:
+    """Of the stacked parameter's lora_A: where the rows of each half begin in an expert, and how many there are in all.
+
+    A half has those of its expert of the largest rank.
+    """
     stack = stack.as_called()
     ranks: dict[int | None, int] = {}
     for piece in pieces:
@@ -268,21 +274,22 @@ def _rank(path: str, entries: Mapping[str, TensorEntry], stack: Stacked, pieces:
             if got != shape or not r:
                 raise AdapterError(path, key, f"a shape {list(shape)} for {stack.path!r}", list(got))
         ranks[piece.half] = max(ranks.get(piece.half, 0), r)
-    return sum(ranks.values())
+    firsts, rank = {}, 0
+    for half, r in sorted(ranks.items(), key=lambda item: item[0] or 0):
+        firsts[half], rank = rank, rank + r
+    return firsts, rank
 
 
-def _stacked(tensors: Mapping[str, Tensor], stack: Stacked, pieces: list[Piece], rank: int) -> tuple[Tensor, Tensor]:
+def _stacked(
+    tensors: Mapping[str, Tensor], stack: Stacked, pieces: list[Piece], firsts: Mapping[int | None, int], rank: int
+) -> tuple[Tensor, Tensor]:
     """lora_A and lora_B of the parameter in PEFT's packing: experts and halves without a piece are zero."""
     stack, turned = stack.as_called(), stack.turned
     dtype, middle, scale = tensors[pieces[0].A].dtype, stack.N // 2, _scaling(pieces)
     A = torch.zeros(stack.experts, rank, stack.K, dtype=dtype, device="cpu")
     B = torch.zeros(stack.experts, stack.N, rank, dtype=dtype, device="cpu")
-    starts: dict[int | None, int] = {}
-    for half in dict.fromkeys(piece.half for piece in sorted(pieces, key=lambda p: p.half or 0)):
-        starts[half] = sum(_widest(tensors, stack, pieces, other) for other in starts)
     for piece in pieces:
-        first = starts[piece.half]
-        rows = slice(None)
+        first, rows = firsts[piece.half], slice(None)
         if piece.half is not None:
             own = slice(piece.half * middle, (piece.half + 1) * middle)
             rows = slice(piece.half, None, 2) if stack.interleaved else own
@@ -307,11 +314,6 @@ def _experts(tensors: Mapping[str, Tensor], stack: Stacked, piece: Piece) -> Ite
     if A.dim() == 2:
         A, B = A.unflatten(0, (stack.experts, -1)), B.unflatten(1, (-1, stack.experts)).permute(2, 0, 1)
     yield from ((e, A[e], B[e]) for e in range(stack.experts))
-
-
-def _widest(tensors: Mapping[str, Tensor], stack: Stacked, pieces: list[Piece], half: int | None) -> int:
-    """The largest rank of an expert in one half."""
-    return max(len(a) for piece in pieces if piece.half == half for _, a, _ in _experts(tensors, stack, piece))
 
 
 def _config(

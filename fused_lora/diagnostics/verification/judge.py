@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fused_lora.diagnostics.tables import dtype_name
 from fused_lora.diagnostics.verification import report
@@ -75,14 +75,10 @@ def _why_broken(broken: list[Layer], checks: dict[str, LayerCheck]) -> Finding:
         return Finding(report.DOUBLE, "the merged weight holds the adapter once more than was merged", paths)
     for dtype in (torch.bfloat16, torch.float16):
         weights = [weight for layer in broken for weight in layer.weights().values()]
-        if all(weight.dtype != dtype and _on_grid(weight, dtype) for weight in weights):
+        if all(w.dtype != dtype and torch.equal(w.to(dtype).to(w.dtype), w) for w in weights):
             text = f"the merged weight was rounded to {dtype_name(dtype)} after the merge"
             return Finding(report.QUANTISED, text, paths)
     return Finding(report.BASE, "the merged weight is not what the merge left, it was replaced since", paths)
-
-
-def _on_grid(weight: Tensor, dtype: torch.dtype) -> bool:
-    return torch.equal(weight.to(dtype).to(weight.dtype), weight)
 
 
 def holds_delta(checks: list[LayerCheck]) -> bool:

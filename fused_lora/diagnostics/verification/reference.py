@@ -43,7 +43,7 @@ def compare_weights(
     if not _without_adapters(theirs) & _without_adapters(ours):
         raise ValueError(f"reference: expected parameters named as in the model, got {sorted(theirs)[:3]}")
     relations, seen, biases = {}, set(), []
-    grids = _grids(reference)
+    grids = {plain_name(f"{path}.")[:-1]: base_of(module).grid(module) for path, module in _quantised(reference)}
     for layer in layers:
         with layer.shown(False):
             weights, grid = layer.weights(), base_of(layer.base).grid(layer.base)
@@ -56,8 +56,7 @@ def compare_weights(
             other = theirs.get(key)
             if other is None:
                 continue
-            other_grid = grids.get(stem)
-            relations[path] = _relate(key, layer, weight, other, changes[path], grid, other_grid)
+            relations[path] = _relate(key, layer, weight, other, changes[path], grid, grids.get(stem))
     findings, notes = _judge_base(relations)
     unmerged = _unmerged_paths(reference)
     taken = {path: r for path, r in relations.items() if r.times == -1 and plain_name(path) in unmerged}
@@ -191,11 +190,6 @@ def _of_stack(name: str, names: Mapping[str, str]) -> str | None:
 def _quantised(source: nn.Module | Mapping[str, Tensor]) -> list[tuple[str, nn.Module]]:
     found = source.named_modules() if isinstance(source, nn.Module) else []
     return [(path, m) for path, m in found if base_of(m).bits and not base_of(m).why_not_adapted(m)]
-
-
-def _grids(source: nn.Module | Mapping[str, Tensor]) -> dict[str, Any]:
-    """How the quantised layers of a reference are quantised, by their plain paths."""
-    return {plain_name(f"{path}.")[:-1]: base_of(module).grid(module) for path, module in _quantised(source)}
 
 
 def _without_adapters(names: Mapping[str, Tensor]) -> set[str]:
