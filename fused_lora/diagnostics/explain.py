@@ -146,7 +146,7 @@ def explain(
         ValueError: a size is missing or not positive; dropout is outside [0, 1]; an unknown chip; or model and a shape.
         TypeError: model is not a module, or dtype not a torch.dtype.
     """
-    sizes = dict(M=M, K=K, N=N, r=r)
+    sizes: dict[str, Any] = dict(M=M, K=K, N=N, r=r)
     if model is not None:
         if any(size is not None for size in sizes.values()):
             raise ValueError("model: expected a model or M, K, N and r, got both")
@@ -157,10 +157,13 @@ def explain(
     adapter_dtype = adapter_dtype or dtype
     place, capability, notes, measured = _place(device, (dtype, adapter_dtype))
     upcast = adapter_dtype != dtype
-    call: Any = _Call(M, N, K, r, dtype, dropout > 0, upcast, adapters, capability)  # the sizes are no None
+    call = _Call(**sizes, dtype=dtype, dropout=dropout > 0, upcast=upcast, adapters=adapters, capability=capability)
     plans = [Plan("eager"), Plan("eager")]
     if capability:
-        plans = [plan("linear", *call, table=measured), plan("backward", M, K, N, *call[3:], table=measured)]
+        plans = [
+            plan("linear", *call, table=measured),
+            plan("backward", call.M, call.K, call.N, *call[3:], table=measured),
+        ]
     notes += _dropped(plans)
     of_adapters = "" if adapters == 1 else f" adapters={adapters}"
     over = f" with {dtype_name(adapter_dtype)} adapters" if upcast else ""

@@ -97,7 +97,7 @@ class Admission:
             self._held_at = time.perf_counter()
         # a request that lost its cache waits again, and goes on with the version it started with
         self.release(keep={version_of(state) for state in (*active, *waiting)})
-        self._abandon(keep={adapter_of(state) for state in waiting} - {None})
+        self._abandon(keep={name for state in waiting if (name := adapter_of(state)) is not None})
         self.admitted = set()
         blocked_since = None
         for state in waiting:
@@ -176,7 +176,7 @@ class Admission:
         if not future.cancelled() and not isinstance(future.exception(), StoreFull):
             self.wake()
 
-    def _abandon(self, keep: Iterable[str | None] = ()) -> None:
+    def _abandon(self, keep: Iterable[str] = ()) -> None:
         """Cancel loads of versions that no request will start with, or release their leases when they come.
 
         keep: the adapters that requests wait for. They start with the current versions, whatever was asked for before.
