@@ -91,6 +91,7 @@ class AdapterStore(Registry):
         self.calls_outside = 0  # of the model, in no batch
         self._rows = RowFinder(model, {site.place: site.module for site in sites.values()})
         self._attachment = Attachment(self._rows.callers, sites, self)
+        self._attachment.attach()
 
     def batch(self, names: Sequence[Any], *, dim: int = 0) -> AbstractContextManager[Batch]:
         """A context in which sequence i of every model batch uses ``names[i]``, in this thread.

@@ -659,6 +659,22 @@ def test_a_call_without_rows(model):
     assert answers(store, model.up, torch.zeros(0, 3, K), ["a"]).shape == (0, 3, H)
 
 
+def test_an_interrupt_of_a_store_that_is_made_leaves_its_model_free(model):
+    made, places = [], 0
+
+    def begin():
+        for store in made:
+            store.detach()
+        made.clear()
+
+    for place in everywhere(begin, lambda: made.append(AdapterStore(model)), step=3):
+        if not made:
+            AdapterStore(model).detach()  # none is attached
+            assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()), place
+            places += 1
+    assert places > 50
+
+
 @pytest.mark.parametrize("names", [[None], ["a", "a"], ["a", "b"]])
 def test_an_interrupt_leaves_no_batch_open(model, names):
     """Wherever Python handles signals: gradients are on again, the model computes for itself, nothing is in use."""

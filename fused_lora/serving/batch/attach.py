@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -75,7 +75,7 @@ class Attachment:
         for module in store.model.modules():
             _drop_ended(module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs)
             _drop_ended(module._forward_hooks, module._forward_hooks_with_kwargs)
-        self._hooks: list[_Shared] = []
+        self._hooks: list[tuple[Callable[..., Any], _Shared, dict[str, bool]]] = []  # what registers it, with options
         self._handles = []
         self._experts = {path: site for path, site in sites.items() if site.kind == "experts"}
         called = {path: s.module for path, s in sites.items() if s.kind != "experts"}
@@ -86,10 +86,8 @@ class Attachment:
         self._reads = Reads(store.model, {**called, **others})
         for path, module in callers.items():
             reads = None if path else self._reads
-            before, after = _CallHook(store, path, reads), _ReturnHook(store, path, reads)
-            self._hooks += before, after
-            self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
-            self._handles.append(module.register_forward_hook(after, with_kwargs=True, always_call=True))
+            self._hooks.append((module.register_forward_pre_hook, _CallHook(store, path, reads), {}))
+            self._hooks.append((module.register_forward_hook, _ReturnHook(store, path, reads), dict(always_call=True)))
         at: dict[tuple, list[Site]] = {}  # by kind, too: a router may be a linear layer
         for site in sites.values():
             at.setdefault((site.place, site.kind), []).append(site)
@@ -97,10 +95,8 @@ class Attachment:
         for held in at.values():
             experts = held[0].kind == "experts"
             hook = (_ExpertsHook if experts else _Hook)(store, tuple(held), self._odd)
-            self._hooks.append(hook)
             # hooks of others get the rows of adapters, too: what they change is not computed again
-            handle = held[0].module.register_forward_hook(hook, with_kwargs=True, prepend=experts)
-            self._handles.append(handle)
+            self._hooks.append((held[0].module.register_forward_hook, hook, dict(prepend=experts)))
         modules = dict(named_modules(store.model))
         paths = sorted({part for site in sites.values() for part in (*above(site.place), site.place)})
         self._places = []  # path, the parent's modules, the name there, what was there
@@ -108,6 +104,15 @@ class Attachment:
             parent, _, name = path.rpartition(".")
             held = modules[parent]._modules
             self._places.append((path, held, name, held[name]))
+
+    def attach(self) -> None:
+        """Register the hooks. After an interrupt there are none: nobody would have the store, to detach it."""
+        try:
+            for register, hook, options in self._hooks:
+                self._handles.append(register(hook, with_kwargs=True, **options))
+        except BaseException:
+            self.remove()
+            raise
 
     def unreached(self, paths: Iterable[str]) -> str | None:
         """Why the hook of one of these layers is not reached, or cannot act: the model reads its weight instead of
@@ -134,7 +139,7 @@ class Attachment:
         self._reads.stop()
         for handle in self._handles:
             handle.remove()
-        for hook in self._hooks:
+        for _, hook, _ in self._hooks:
             hook.end()
         self._handles, self._hooks = [], []
 
