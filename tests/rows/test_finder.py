@@ -426,8 +426,9 @@ def test_a_call_that_an_interrupt_broke_off_is_followed_no_longer(kind):
             assert_close(out[i], at.alone(name)(x[i : i + 1])[0], terms=1000)
 
 
-def test_an_interrupt_that_ends_a_batch_ends_its_mode():
-    at, x, names = Door("adapter_batch", Model()), torch.randn(3, 4, K), ["a", None, "b"]
+@door
+def test_an_interrupt_that_ends_a_batch_ends_its_mode(kind):
+    at, x, names = Door(kind, Model()), torch.randn(3, 4, K), ["a", None, "b"]
     hook = at.model.layers[0].up.register_forward_pre_hook(interrupted)
     with pytest.raises(KeyboardInterrupt), torch.no_grad(), at.batch(names):
         at.model(x)

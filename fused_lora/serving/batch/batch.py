@@ -181,6 +181,11 @@ class Batch:
 
         Does nothing the second time.
         """
+        trace = self._traces.get(threading.get_ident())
+        if trace is not None:
+            trace.running.close()  # a call that an interrupt has broken off
+            if trace.gradients is not None:
+                trace.gradients.end()
         self._gradients.end()
         self._ended, self._generator, self._apart = True, None, []
         inner = _running.get()
