@@ -243,7 +243,7 @@ def _checked_names(
 
 
 def _quantised(layer: LoraLayer) -> bool:
-    return layer._merge_place()[1].bits > 0 or getattr(layer, "weight", None) is None
+    return layer._merge_place()[1].bits > 0 or not isinstance(getattr(layer, "weight", None), Tensor)
 
 
 def _to_sample(layers: Mapping[str, Any]) -> set[str]:

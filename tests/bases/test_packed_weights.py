@@ -61,7 +61,11 @@ class BaseQuantLinear(nn.Module):
 
 
 class TorchQuantLinear(BaseQuantLinear):
-    pass
+    @property
+    def weight(self):
+        """No tensor but what gptqmodel's tells of one."""
+        shape = self.out_features, self.in_features
+        return types.SimpleNamespace(device=self.scales.device, dtype=torch.float16, shape=shape)
 
 
 class AwqTorchQuantLinear(BaseQuantLinear):
