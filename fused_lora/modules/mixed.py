@@ -43,9 +43,12 @@ def made_once(make: Callable[..., _T], device: torch.device, *args: Hashable) ->
     """``make(device, *args)``: tensors that nobody may change, of which all layers of a call have the same.
 
     They are kept by stream, for another one may be quicker than what fills them. Where torch compiles or follows they
-    are made anew, and in a capture, in which nothing is written before the replay.
+    are made anew, in a torch.func transform, which wraps them, and in a capture, in which nothing is written before the
+    replay.
     """
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return make(device, *args)
+    if torch._C._are_functorch_transforms_active():
         return make(device, *args)
     stream = None
     if device.type == "cuda":

@@ -570,6 +570,17 @@ def test_generate_with_a_left_padded_mixed_batch(beams):
     assert any(tuple(mixed[row].tolist()) not in seen for row in (1, 2))  # the names made a difference
 
 
+def test_row_numbers_of_a_transform_are_not_kept():
+    """torch.func wraps what is made in a transform. After its end the wrapper has no address for a kernel."""
+
+    def numbers(device):
+        return torch.arange(3, device=device)
+
+    x = torch.zeros(3)
+    torch.func.grad(lambda y: y.sum() + made_once(numbers, y.device).sum())(x)
+    assert made_once(numbers, x.device).data_ptr()
+
+
 @pytest.mark.parametrize("rows", [["one", "two", "one"], ["one", "one", "two"]], ids="-".join)
 def test_a_mixed_batch_of_inference_mode_and_of_gradients(rows):
     """Which rows are whose is found in the first."""
