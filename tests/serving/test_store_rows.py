@@ -266,3 +266,42 @@ def test_of_rows_in_any_order_the_adapter_that_overflows_is_named(within, dim, t
             assert caught.value.identities == ("bad@1",)
             with store.batch(names, dim=dim):
                 model(x, attention_mask=mask)
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+@torch.no_grad()
+def test_padding_of_one_token_in_flat_rows_is_no_error(dim):
+    """As many rows as sequences, in one dimension: the mask says of each row what it is."""
+    model = nn.Sequential(nn.Linear(8, 8))
+    layer = model[0]
+    model.forward = lambda x, attention_mask=None: layer(x).reshape(-1, 8)
+    store = fused_lora.AdapterStore(model)
+    store.load("a", {"0": (torch.randn(2, 8), torch.randn(8, 2), 1.0)})
+    x = torch.zeros(2, 1, 8)
+    x[0, 0, 0] = torch.nan
+    with store.batch(["a", None], dim=dim):
+        model(x.transpose(0, dim), attention_mask=torch.tensor([[0], [1]]))
+
+
+class Copied(nn.Module):
+    """A layer that gets each row of its input [1, rows, 8] twice, the copies apart."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.layer(torch.cat([x, x])).sum(0, keepdim=True)
+
+
+@torch.no_grad()
+def test_of_packed_rows_that_a_layer_gets_twice_the_adapter_that_overflows_is_named():
+    model = Copied()
+    store = fused_lora.AdapterStore(model)
+    store.load("good", {"layer": (torch.randn(2, 8), torch.randn(8, 2), 1.0)})
+    store.load("bad", {"layer": (torch.eye(2, 8) * 1e30, torch.full((8, 2), 1e30), 1.0)})
+    x = torch.zeros(1, 4, 8)
+    x[0, :, 0] = 1
+    with pytest.raises(NonFiniteOutput) as caught, store.batch_rows(["good", "bad", None], [1, 2, 1]):
+        model(x)
+    assert caught.value.identities == ("bad@1",)

@@ -289,12 +289,13 @@ class Batch:
 
     def _with_groups(self, bad: Tensor) -> tuple[Tensor, np.ndarray | None]:
         """Bool [n], and the group of each of the n rows or sequences. None if the model returned other rows."""
-        count = len(self._group_of_entry)
-        if self._entry_of_row is None and len(bad) % count == 0:
-            return bad.flatten(1).any(-1) if bad.dim() > 1 else bad, np.repeat(self._group_of_entry, len(bad) // count)
-        if self._entry_of_row is not None and bad.numel() == len(self._entry_of_row):
-            return bad.view(-1), self._group_of_row()
-        return bad.view(-1), None
+        count, packed = len(self._group_of_entry), self._entry_of_row
+        if packed is not None and bad.numel() == len(packed):  # [1, rows], too
+            return bad.reshape(-1), self._group_of_row()
+        if len(bad) % count if packed is None else len(bad) != len(packed):
+            return bad.reshape(-1), None
+        groups = np.repeat(self._group_of_entry, len(bad) // count) if packed is None else self._group_of_row()
+        return bad.flatten(1).any(-1) if bad.dim() > 1 else bad, groups
 
     def _read_checks(self) -> None:
         if not self._unread or guard.capturing(self.store.device):

@@ -23,11 +23,9 @@ def by_sequence(bad: Tensor, sequences: int, dim: int) -> Tensor:
 
     dim: of the inputs that holds the sequences.
     """
-    if dim < bad.dim() and bad.shape[dim] == sequences:
-        return bad.movedim(dim, 0)
     if bad.dim() == 1 and dim < 2 and sequences and len(bad) % sequences == 0:
         return bad.view(-1, sequences).t() if dim else bad.view(sequences, -1)
-    return bad
+    return bad.movedim(dim, 0) if dim < bad.dim() and bad.shape[dim] == sequences else bad
 
 
 def unless_padding(bad: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
