@@ -21,6 +21,7 @@ from vllm.lora.layers import (
     FusedMoEWithLoRA,
     LoRAMapping,
     QKVParallelLinearWithLoRA,
+    ReplicatedLinearWithLoRA,
     RowParallelLinearWithLoRA,
     VocabParallelEmbeddingWithLoRA,
 )
@@ -287,7 +288,7 @@ def _whole(layer: Any, slots: Slots) -> tuple[int, list[int]]:
     """K and the columns of each output before tensor parallelism, none where a layer of one model shards its own way:
     vLLM loads adapters whole and takes the rank's part."""
     K, N, ranks = slots.A[0].shape[3], slots.N, getattr(layer, "tp_size", 1)
-    if ranks == 1:
+    if ranks == 1 or isinstance(layer, ReplicatedLinearWithLoRA):  # each rank has all of it
         return K, N
     if isinstance(layer, RowParallelLinearWithLoRA):
         return K * ranks, [layer.output_size]

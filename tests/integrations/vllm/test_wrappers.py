@@ -14,6 +14,7 @@ from vllm.lora.layers import (
     MergedColumnParallelLinearWithLoRA,
     MergedQKVParallelLinearWithLoRA,
     QKVParallelLinearWithLoRA,
+    ReplicatedLinearWithLoRA,
     RowParallelLinearWithLoRA,
 )
 from vllm.lora.model_manager import LoRAModelManager
@@ -140,6 +141,7 @@ def test_zeros_of_any_size_are_loaded_and_other_sizes_are_refused(bench, device)
 SHARDED = {
     ColumnParallelLinearWithLoRA: ((K, [48]), (K, [96]), dict(is_merged_col_linear=False, output_size=48)),
     RowParallelLinearWithLoRA: ((K, [48]), (2 * K, [48]), dict(input_size=K, output_size=48)),
+    ReplicatedLinearWithLoRA: ((K, [48]), (K, [48]), {}),  # which has the ranks' number, too
     MergedColumnParallelLinearWithLoRA: ((K, [48, 16]), (K, [96, 32]), dict(output_slices=(48, 16), output_ids=(1, 1))),
     MergedQKVParallelLinearWithLoRA: (  # both ranks have the one head of k and v
         (K, [48, 16, 16]), (K, [96, 16, 16]), dict(output_slices=(48, 16, 16), output_ids=(1, 0, 0))),
