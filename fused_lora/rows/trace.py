@@ -111,10 +111,14 @@ class RowTrace(TorchDispatchMode):
         super().__enter__()
         # torch notes in globals that a mode is entered, and leaving restores what they were: with another thread's mode
         # in them they would stay set, and Dynamo of torch 2.8 would compile nothing any more
-        for flags in vars(self).values():
-            if alone and isinstance(flags, deque):
-                flags[-1] = False
-        return self
+        try:
+            for flags in vars(self).values():
+                if alone and isinstance(flags, deque):
+                    flags[-1] = False
+            return self
+        except BaseException:  # an interrupt: nobody else would leave it
+            self.__exit__(None, None, None)
+            raise
 
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)

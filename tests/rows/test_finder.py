@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fused_lora
-from fused_lora.rows import finder
+from fused_lora.rows import finder, trace
 from fused_lora.testing.numeric import assert_close
 from helpers.seeds import shifted
 
@@ -434,4 +434,20 @@ def test_an_interrupt_that_ends_a_batch_ends_its_mode(kind):
         at.model(x)
     assert not torch._C._len_torch_dispatch_stack()
     hook.remove()
+    at.check(names, x)
+
+
+@door
+def test_an_interrupt_at_the_start_of_a_call_leaves_no_mode(kind, monkeypatch):
+    """torch has the mode by then, and the batch not yet the call that would end it."""
+
+    class Interrupts(type):
+        def __instancecheck__(cls, instance):
+            raise KeyboardInterrupt
+
+    at, x, names = Door(kind, Model()), torch.randn(3, 4, K), ["a", None, "b"]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt), torch.no_grad(), at.batch(names):
+        patch.setattr(trace, "deque", Interrupts("deque", (), {}))
+        at.model(x)
+    assert not torch._C._len_torch_dispatch_stack()
     at.check(names, x)
