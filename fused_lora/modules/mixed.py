@@ -73,13 +73,14 @@ def rows_by_name(adapter_names: Sequence[str | None], x: Tensor) -> Rows:
         ValueError: the length of x is no multiple of the number of names.
         RuntimeError: a CUDA graph is being captured, and the rows of a name lie apart.
     """
-    count, rows = len(adapter_names), x.shape[:-1].numel()
+    names, rows = tuple(adapter_names), x.shape[:-1].numel()
+    count = len(names)
     if (len(x) % count or rows % count) if count else len(x):
         raise ValueError(
             "Length of `adapter_names` should be the same as the number of inputs (or divide it, for beams), but "
             f"got {count} and {len(x)} respectively."
         )
-    return made_once(_rows_of_names, x.device, tuple(adapter_names), rows)
+    return made_once(_rows_of_names, x.device, names, rows)
 
 
 def _rows_of_names(device: torch.device, names: tuple[str | None, ...], rows: int) -> Rows:
