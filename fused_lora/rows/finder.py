@@ -12,6 +12,7 @@ import inspect
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import FrameType
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
@@ -299,14 +300,8 @@ class RowFinder:
 
     def calls_under_way(self) -> dict[int, str]:
         """The modules around the layers whose calls this thread is in: path by the id of the call's frame."""
-        found, frame = {}, sys._getframe()
-        while frame is not None:
-            if frame.f_code is _CALL:
-                path = self._around.get(id(frame.f_locals.get("self")))
-                if path is not None:
-                    found[id(frame)] = path
-            frame = frame.f_back
-        return found
+        paths = {id(frame): self._around.get(id(module)) for frame, module in _calls()}
+        return {frame: path for frame, path in paths.items() if path is not None}
 
     def begin_at_layer(
         self,
@@ -416,8 +411,9 @@ class Running:
 
     def enter(self, path: str, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call | None:
         """Before a module: the call, if this one is from outside. Raises ValueError as :meth:`RowFinder.begin`."""
-        if self.call is not None and self.call.module is module and 0 < _calls_of(module) <= self.call.depth:
-            self.close()
+        if self.call is not None and self.call.module is module:
+            if 0 < sum(called is module for _, called in _calls()) <= self.call.depth:
+                self.close()
         if self.call is not None:
             self.call.depth += self.call.module is module
             return None
@@ -448,13 +444,14 @@ class Running:
             self._finder.end(call, self._ending, False)
 
 
-def _calls_of(module: nn.Module) -> int:
-    """How many calls of a module this thread is in."""
-    count, frame = 0, sys._getframe()
+def _calls() -> list[tuple[FrameType, Any]]:
+    """The calls of modules that this thread is in, the innermost first: the frame and the module of each."""
+    found, frame = [], sys._getframe()
     while frame is not None:
-        count += frame.f_code is _CALL and frame.f_locals.get("self") is module
+        if frame.f_code is _CALL:
+            found.append((frame, frame.f_locals.get("self")))
         frame = frame.f_back
-    return count
+    return found
 
 
 def _check_order() -> None:
