@@ -381,6 +381,11 @@ def why_not_fits(parameters: Mapping[str, Any], x: Tensor, K: int, N: int, outpu
     return "shapes differ" if x.dim() == 0 or x.shape[-1] != K or outputs != N else None
 
 
+def why_not_device(device: torch.device) -> str | None:
+    """None on a CPU or CUDA device, and on the meta device; on others PEFT's own forward runs."""
+    return None if device.type in ("cpu", "cuda", "meta") else f"device {device.type}"
+
+
 def why_not_plain_tensor(tensor: object, what: str = "the input") -> str | None:
     """None for an ordinary dense floating tensor on a CPU or CUDA device, else what it is instead."""
     if type(tensor) not in _TENSORS:

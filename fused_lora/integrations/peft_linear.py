@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as _of_torch
 
 from fused_lora.bases import base_of
-from fused_lora.bases.base import why_not_own_call, why_not_plain_tensor, why_not_plain_weight
+from fused_lora.bases.base import why_not_device, why_not_own_call, why_not_plain_tensor, why_not_plain_weight
 from fused_lora.bases.bitsandbytes_4bit import is_repacked
 from fused_lora.modules import variants
 from fused_lora.modules.activated import BEFORE, activated_forward, changed_rows, is_pefts, why_no_rows
@@ -407,6 +407,8 @@ def why_not_fused(layer: Any, names: list[str], adapter_names: list[str] | None 
     for name, A, B, dropout in _parts(layer, names):
         reason = why_not_plain(A) or why_not_plain(B) or why_not_plain_dropout(dropout)
         if reason:
+            return reason
+        if reason := why_not_device(A._parameters["weight"].device):
             return reason
         if A._parameters["bias"] is not None:
             return "lora_A has a bias"

@@ -38,6 +38,7 @@ from fused_lora.modules.reads import FirstForward
 from fused_lora.modules.tree import CONFIGS, named_modules, parent_of, places, unwrapped, watchers
 from fused_lora.modules.variants import has_magnitude
 from fused_lora.ops.checks import overlap, span_of
+from fused_lora.ops.merge.exact import in_double
 from fused_lora.ops.merge.op import seed_of
 from fused_lora.ops.native import MERGE
 
@@ -333,14 +334,14 @@ def _matrix(layer: Any) -> tuple[Tensor, bool]:
 
 def _norms(layer: Any, names: list[str], before: Tensor) -> Tensor:
     """[||D||, ||(Wm - W) - D||] of the sampled rows, on the weight's device."""
-    change = _sample(*_matrix(layer)).double() - before.double()
+    change = in_double(_sample(*_matrix(layer))) - in_double(before)
     delta = torch.zeros_like(change)
     for name in names:
         if isinstance(layer, LoraStack):
             A, B = layer.of_expert(0, name)
         else:
             A, B = (part.weight for part in layer._parts([name])[:2])
-        delta += _sample(B, False).double() @ A.detach().double() * float(layer.scaling[name])
+        delta += in_double(_sample(B, False)) @ in_double(A.detach()) * float(layer.scaling[name])
     return torch.stack((delta, change - delta)).norm(dim=(1, 2))
 
 

@@ -17,6 +17,7 @@ from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
 import fused_lora
+from fused_lora.bases.base import why_not_device
 from fused_lora.integrations import peft as integration
 from fused_lora.integrations import peft_linear
 from fused_lora.ops import guard
@@ -640,6 +641,17 @@ def test_where_no_kernel_draws_masks_peft_s_dropout_runs(monkeypatch):
     assert row.why_not == "no kernel draws dropout masks on this device"
     layers(both)[0].eval()
     assert integration.layer_report(both.ours)[0].fused
+
+
+def test_a_device_that_is_neither_a_cpu_nor_cuda_s_runs_peft_s_forward(monkeypatch):
+    """Its merges are exact all the same; tests/ops/test_merge.py has them."""
+    assert [why_not_device(torch.device(kind)) for kind in ("cpu", "cuda", "meta")] == [None] * 3
+    assert why_not_device(torch.device("mps")) == "device mps"
+    both, x = pair(), torch.randn(5, K)
+    monkeypatch.setattr(peft_linear, "why_not_device", lambda device: "device xpu")
+    assert torch.equal(*(layer(x) for layer in layers(both)[:2]))
+    [row] = integration.layer_report(both.ours)
+    assert row.why_not == "device xpu"
 
 
 @pytest.mark.parametrize(

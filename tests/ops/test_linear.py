@@ -11,13 +11,21 @@ import pytest
 import torch
 import torch.autograd.forward_ad as fwAD
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from fused_lora import reference
 from fused_lora.ops import native
 from fused_lora.ops.linear import eager as eager_path
-from fused_lora.ops.linear.op import _lora_linear, _lora_linear_backward, draw_seeds, lora_linear
+from fused_lora.ops.linear.op import (
+    _as_autocast,
+    _autocasts,
+    _lora_linear,
+    _lora_linear_backward,
+    draw_seeds,
+    lora_linear,
+)
 from fused_lora.ops.term.op import lora_term
 from fused_lora.testing.numeric import DRAWS, assert_close, assert_no_worse
 from helpers.seeds import shifted
@@ -319,6 +327,19 @@ def test_compiled_dropout_warns_where_seeds_may_be_drawn_again(option, value):
         assert not warned(0.0)
         (message,) = warned(0.5)
     assert f"{option} = {value}" in message
+
+
+@pytest.mark.parametrize("kind", ["mps", "xpu"])
+def test_autocast_of_devices_without_kernels(kind):
+    with FakeTensorMode(), torch.no_grad():
+        x, W, A, B = (torch.empty(shape, device=kind) for shape in ((3, 8), (6, 8), (2, 8), (6, 2)))
+        assert not _autocasts(x) and lora_linear(x, W, None, [A], [B], [1.0]).dtype == torch.float32
+        with torch.autocast(kind, dtype=torch.bfloat16):
+            assert _autocasts(x)
+            y = lora_linear(x, W, None, [A], [B], [1.0])
+            assert y.dtype == lora_term(y, x, [A], [B], [1.0]).dtype == torch.bfloat16
+            assert [t.dtype for t in _as_autocast([A, B], torch.bfloat16)] == [torch.bfloat16] * 2
+        assert not _autocasts(x.to("meta"))
 
 
 def test_autocast_casts_x_and_weight_and_keeps_the_adapters():

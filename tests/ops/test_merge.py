@@ -4,6 +4,7 @@ import copy
 import sys
 import threading
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -308,11 +309,51 @@ def test_a_fault_in_any_block_leaves_the_old_or_the_new_state(action, dtype, mon
     assert same_bits(W, before)
 
 
+def elsewhere(patch):
+    """Weights are merged as those of a device that is neither a CPU nor CUDA's."""
+    best, own = blocks._best, blocks._OnHost.__init__.__code__
+    patch.setattr(blocks, "_best", lambda W: best(W) if sys._getframe(1).f_code is own else blocks._OnHost)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("relative", [0.01, 100.0], ids=["corrections", "copy"])
+def test_a_weight_of_another_device_is_merged_on_the_cpu(relative, dtype, monkeypatch):
+    W, A, B = case(70, 333, 5, dtype, relative)
+    before, expected, back = W.clone(), W.clone(), W.clone()
+    reference = merging.merge_(expected, [A], [B], [0.5])
+    huge = {torch.float64: 1e200, torch.float16: 6e4}.get(dtype, 1e20)
+    with monkeypatch.context() as patch:
+        elsewhere(patch)
+        record = merging.merge_(W, [A], [B], [0.5])
+        assert same_bits(W, expected) and record.nbytes == reference.nbytes
+        assert all(map(torch.equal, record.units.tensors, reference.units.tensors))
+        assert merging.delta_fidelity(W, record) == merging.delta_fidelity(expected, reference)
+        record = merging.switch_(W, record, [A], [B], [-0.25])
+        merging.merge_(back, [A], [B], [-0.25])
+        assert same_bits(W, back)
+        W[3, 3] += 1
+        with pytest.raises(RuntimeError, match="changed"):
+            merging.unmerge_(W, record)
+        W.copy_(back)
+        merging.unmerge_(W, record)
+        assert same_bits(W, before)
+        with pytest.raises(ValueError, match="NaNs or infinities"):
+            merging.merge_(W, [torch.full_like(A, huge, dtype=dtype)], [torch.full_like(B, huge, dtype=dtype)], [1.0])
+        assert same_bits(W, before)
+    for kind in ("mps", "xpu", "npu"):
+        assert blocks._best(SimpleNamespace(device=SimpleNamespace(type=kind))) is blocks._OnHost
+
+
+@pytest.mark.parametrize("device", ["cpu", "another"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("action", ["merge", "unmerge", "switch"])
 @pytest.mark.parametrize("relative", [0.01, 100.0], ids=["corrections", "copy"])
-def test_an_interrupt_at_any_line_leaves_the_old_or_the_new_state(relative, action, dtype, small_pieces, loops):
+def test_an_interrupt_at_any_line_leaves_the_old_or_the_new_state(
+    relative, action, dtype, device, small_pieces, loops, monkeypatch
+):
     """Between the write of a block and the note of it, too."""
+    if device != "cpu":
+        elsewhere(monkeypatch)
     W, A, B = case(24, 64, 4, dtype, relative)  # three blocks
     before = W.clone()
     record = merging.merge_(W, [A], [B], [1.0])

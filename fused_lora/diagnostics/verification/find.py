@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fused_lora.bases import base_of
+from fused_lora.bases.base import why_not_device
 from fused_lora.bases.expert_forms import find_form
 from fused_lora.diagnostics.verification.experts import ExpertsLayer, Stack, stack_of
 from fused_lora.diagnostics.verification.layers import Layer
@@ -71,6 +72,8 @@ def _unfit(module: Any, names: list[str]) -> str:
         return f"its weight is a {type(weight).__name__} of {weight.dtype}: quantised or distributed"
     if weight.device.type == "meta":
         return "its weight is on the meta device"
+    if reason := why_not_device(weight.device):
+        return f"{reason}, which may have no float64: verify it on a CPU"
     if embeds:
         return "max_norm changes its rows" if base.max_norm is not None else ""
     if base.bias is None and any(module.lora_B[name].bias is not None for name in names):

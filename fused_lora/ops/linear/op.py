@@ -185,7 +185,7 @@ def recalled(known: tuple, x: Tensor, operands: tuple) -> Tensor | None:
         dense, kernels = seen is weight, kind == guard.DEVICE
         inside = _to(x, dtype) if dense or kernels else x
         weight = _to(weight, dtype) if dense else weight
-        if kernels and rounded is None:
+        if rounded is None and (kernels or kind != "cpu"):
             lora_A, lora_B = [_to(A, dtype) for A in lora_A], [_to(B, dtype) for B in lora_B]
         torch.set_autocast_enabled(kind, False)  # in an eighth of the time that its context manager takes
         try:
@@ -400,8 +400,10 @@ flops.register()
 
 
 def _autocasts(x: Tensor) -> bool:
-    # torch refuses the question for devices that have none, as meta
-    return x.is_cpu and torch.is_autocast_enabled("cpu") or x.is_cuda and torch.is_autocast_enabled("cuda")
+    if x.is_cpu or x.is_cuda:  # the question below takes as long as this one
+        return torch.is_autocast_enabled("cpu" if x.is_cpu else "cuda")
+    kind = x.device.type  # torch refuses the question for devices that have none, as meta
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def without_autocast(x: Tensor) -> Any:
@@ -415,7 +417,7 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 def _as_autocast(adapters: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
     """Rounded as eager rounds them, for 16-bit products on tensor cores; a CPU computes in fp32 and keeps them."""
-    return [t.to(dtype) if t.device.type == guard.DEVICE else t for t in adapters]
+    return [t.to(dtype) if t.device.type == guard.DEVICE or not t.is_cpu else t for t in adapters]
 
 
 def _of_autocast(lora_A: Sequence[Tensor], lora_B: Sequence[Tensor], dtype: torch.dtype) -> tuple:
@@ -432,7 +434,8 @@ def _to(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _cast(x, weight, bias, lora_A, lora_B, *others):
-    """Under autocast x and W take its dtype, as in F.linear, and on CUDA the adapters; their gradients keep theirs."""
+    """Under autocast x and W take its dtype, as in F.linear, and but for a CPU the adapters; their gradients keep
+    theirs."""
     dtype = _autocast_dtype(x)
     if dtype is None:
         return x, weight, bias, lora_A, lora_B, *others
@@ -442,17 +445,17 @@ def _cast(x, weight, bias, lora_A, lora_B, *others):
 def _register_autocast(name: str, forward, backward, cast) -> None:
     """``cast`` the arguments of an operator of this package under autocast, and run it and its backward without."""
 
-    def outside(device_type: str, operator, cast):
+    def outside(operator, cast):
         def call(*arguments):
             arguments = cast(*arguments)
-            with torch.autocast(device_type, enabled=False):
+            with torch.autocast(arguments[0].device.type, enabled=False):
                 return operator(*arguments)
 
         return call
 
-    for device_type, key in (("cuda", "AutocastCUDA"), ("cpu", "AutocastCPU")):
-        _library.impl(name, outside(device_type, forward, cast), key)
-        _library.impl(f"{name}_backward", outside(device_type, backward, lambda *arguments: arguments), key)
+    for kind in ("CUDA", "CPU", "MPS", "XPU", "HPU", "PrivateUse1"):
+        _library.impl(name, outside(forward, cast), f"Autocast{kind}")
+        _library.impl(f"{name}_backward", outside(backward, lambda *arguments: arguments), f"Autocast{kind}")
 
 
 def _outside_autocast(backward):

@@ -1,7 +1,8 @@
 """Merge and exact unmerge unit by unit, by the C loops or by the same steps in torch: the bits are the same.
 
 csrc/cpu_loops.c says what a unit, its checksum and its corrections are. C takes fp32, bf16 and fp16 weights on a CPU
-whose rows are contiguous; torch takes fp64, other strides, other devices, and everything where C is missing.
+whose rows are contiguous; torch takes fp64, other strides, CUDA devices, and everything where C is missing. Weights of
+other devices are merged on the CPU.
 
 If something fails, or an interrupt comes, a weight is as it was: C takes back the units that it has written, torch has
 a copy meanwhile. Memory: corrections of about 2 bytes for 1 to 3 % of the elements, and 25 bytes a unit of 4096.
@@ -67,6 +68,10 @@ class Factors(NamedTuple):
         """For the transposed weight; its elements are numbered as the weight is stored."""
         scales = None if self.scales is None else Scales(self.scales.columns, self.scales.rows)
         return Factors(self.right.t().contiguous(), self.left.t().contiguous(), scales, self.dither)
+
+    def cpu(self) -> Factors:
+        scales = None if self.scales is None else Scales(self.scales.rows.cpu(), self.scales.columns.cpu())
+        return Factors(self.left.cpu(), self.right.cpu(), scales, self.dither)
 
     @property
     def tensors(self) -> list[torch.Tensor]:
@@ -334,6 +339,34 @@ class _InTorch(_Sweep):
         return True
 
 
+class _OnHost(_Sweep):
+    """On a CPU and back: a device that is neither a CPU nor CUDA's may have no fp64, which the steps in torch need."""
+
+    def __init__(self, W: torch.Tensor, factors: Factors, units: Units, room: int):
+        self.W, self.factors, self.units = W, factors, units
+        host = W.to("cpu", copy=True)
+        notes = Units(units.height, units.width, units.notes.cpu(), units.corrections.cpu())
+        self._sweep = _best(host)(host, factors.cpu(), notes, room)
+
+    def run(self, mode: int) -> int:
+        outcome = self._sweep.run(mode)
+        if outcome == DONE:
+            self.units.notes.copy_(self._sweep.units.notes)
+            self.W.copy_(self._sweep.W)
+        return outcome
+
+    @native.safe_in_a_child
+    def undo(self, mode: int) -> int:
+        if self._before is not None:
+            return super().undo(mode)
+        outcome = self._sweep.undo(mode)
+        self.W.copy_(self._sweep.W)
+        return outcome
+
+    def kept(self) -> torch.Tensor:
+        return self._sweep.kept().to(self.W.device)
+
+
 def dithered(total: torch.Tensor, dtype: torch.dtype, dither: Dither) -> torch.Tensor:
     """fp32 [rows, columns] in bf16 or fp16, rounded at random so that the expectation is the sum, as ``dithered`` in C.
 
@@ -403,7 +436,9 @@ def run_together(sweeps: Sequence[_InC], mode: int) -> int:
         raise
 
 
-def _best(W: torch.Tensor) -> type[_InC | _InTorch]:
+def _best(W: torch.Tensor) -> type[_InC | _InTorch | _OnHost]:
+    if W.device.type not in ("cpu", "cuda"):
+        return _OnHost
     plain = W.device.type == "cpu" and W.dtype in native.TYPES and W.stride(1) == 1 and W.numel() > 0
     return _InC if plain and native.usable() and _agree() and native.usable() else _InTorch
 

@@ -10,6 +10,11 @@ import torch
 from torch import Tensor
 
 
+def in_double(tensor: Tensor) -> Tensor:
+    """In float64 on its device, or on a CPU: other devices than CUDA's may have no float64."""
+    return (tensor if tensor.device.type in ("cpu", "cuda") else tensor.cpu()).double()
+
+
 class Adapter(NamedTuple):
     """One adapter of a weight [N, K] in float64. With a magnitude it is DoRA: W <- c (W + s B A), and so the output.
 

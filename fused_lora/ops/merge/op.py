@@ -21,6 +21,7 @@ from fused_lora.ops import native
 from fused_lora.ops.checks import FLOAT_DTYPES, as_float, check_lists, is_dense, overlaps_itself
 from fused_lora.ops.merge import blocks, launch
 from fused_lora.ops.merge.blocks import Dither, Factors, Scales
+from fused_lora.ops.merge.exact import in_double
 from fused_lora.ops.native import MERGE, MERGE_AGAIN, UNMERGE
 
 
@@ -171,12 +172,13 @@ def delta_fidelity(weight: torch.Tensor, record: MergeRecord) -> float:
     if held is not None:  # in its table an unmerge notes what a way back would merge again, and this is none of W
         record = replace(record, device_corrections=replace(held, table=held.table.clone()))
     unmerge_(original, record)
-    change = weight.detach().double() - original.double()
+    before = in_double(original)
+    change = in_double(weight.detach()) - before
     left, right, scales, _ = record.factors
-    delta = left.double() @ right.double()
+    delta = in_double(left) @ in_double(right)
     if scales is not None:
-        W = original.double().t() if record.transposed else original.double()
-        delta += W * (scales.rows[0, :, None].double() * scales.columns[0].double() - 1)
+        W = before.t() if record.transposed else before
+        delta += W * (in_double(scales.rows[0, :, None]) * in_double(scales.columns[0]) - 1)
     delta = delta.t() if record.transposed else delta
     lost, wanted = (t.square().sum().item() for t in (change - delta, delta))
     return math.sqrt(lost / wanted) if wanted else 0.0
