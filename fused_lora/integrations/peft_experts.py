@@ -75,8 +75,8 @@ class AcceleratedExperts(AcceleratedLinear):
         if self._transposed() != experts.form_of(base).is_transposed(base):
             return "the adapter's orientation is not that of the experts"
         for name in self._present(self.active_adapters):
-            weights = (part._parameters.get("weight") for part in (self.lora_A[name], self.lora_B[name]))
-            if why := self._why_not_term(name) or next(filter(None, map(why_not_plain_weight, weights)), None):
+            A, B = (why_not_plain_weight(part[name]._parameters.get("weight")) for part in (self.lora_A, self.lora_B))
+            if why := self._why_not_term(name) or A or B:
                 return why
         return None
 

@@ -75,8 +75,8 @@ class AcceleratedEmbedding(EmbeddingBehaviour, _ExactMerges):
         if base.max_norm is not None or why_not_own_call(base, "the base layer"):
             return why_not_own_call(base, "the base layer") or "max_norm changes rows"
         for name in names:
-            reasons = (why_not_plain_tensor(part, "a part of the adapter") for part in self._pair(name))
-            if why := self._why_not_term(name) or next(filter(None, reasons), None):
+            A, B = (why_not_plain_tensor(part, "a part of the adapter") for part in self._pair(name))
+            if why := self._why_not_term(name) or A or B:
                 return why
         return None
 
