@@ -112,6 +112,8 @@ def test_request_outside_the_step_is_not_ended(world, served):
     """A long prompt takes the whole step, so a request that is prefilled too waits for the next one."""
     model, store = served()
     with continuous_batching(model, store, config()) as engine:
+        # files are read beside the steps: from here on both adapters are there
+        results(engine, *(engine.add_request(prompt(5), adapter=name, max_new_tokens=1) for name in "ab"))
         with engine.pause():
             bad = engine.add_request([*prompt(100), MARK], adapter="a", max_new_tokens=4)
             other = engine.add_request(prompt(60), adapter="b", max_new_tokens=6)
