@@ -190,6 +190,16 @@ def test_neutral_values_are_accepted(server):
     assert server.say("tiny", "x", 2, **neutral, extra_body=of_vllm).usage.completion_tokens == 2
 
 
+def test_what_clients_send_on_their_own_is_accepted_in_chats(server, alone):
+    messages = [dict(role="user", content="x", type="text", name="me"), dict(role="assistant", content="y", audio=None)]
+    asks_nothing = dict(tools=[], tool_choice="auto", response_format={"type": "text"})
+    asks_nothing |= dict(logprobs=False, top_logprobs=0, reasoning_effort="none", verbosity="medium", audio=None)
+    without_effect = dict(prediction={"type": "content", "content": "y"}, prompt_cache_retention="24h", store=True)
+    body = dict(model="a1", messages=messages, max_tokens=4, temperature=0, **asks_nothing, **without_effect)
+    answer = server.http.post("/v1/chat/completions", json=body).json()
+    assert answer["choices"][0]["message"]["content"] == alone("a1", "user: x\nassistant: y\nassistant:", 4)
+
+
 def test_chat_refuses_tools(server):
     request = dict(model="a0", max_tokens=4, messages=[{"role": "user", "content": "x"}])
     tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]

@@ -69,6 +69,9 @@ def refused(answer, status, param, *said):
         ("stream_options", [5, True, [], {}, {"include_usage": True}]),
         ("logprobs", [-1, 6, 1.5, "1", True, [], NAN]),
         ("echo", [1, 0, "true", []]),
+        ("reasoning_effort", ["low", 5]),
+        ("verbosity", ["low"]),
+        ("tool_choice", ["required", {"type": "function", "function": {"name": "f"}}]),
         *((name, [1]) for name in ("top_logprobs", "suffix", "best_of_all", "ü" * 90, "__proto__", "prompt_ids")),
     ],
 )
@@ -90,6 +93,7 @@ def test_completions(server, field, values):
             for value in (None, 5, True, {}, [5], ["x"], [{}], [dict(type="text")], [dict(type="image_url")])
         ),
         ([dict(role="assistant", content="x", tool_calls=[{}])], "messages.0.tool_calls"),
+        ([dict(role="user", content="x", type="image")], "messages.0.type"),
         ([dict(role="tool", content="x", tool_call_id="1")], "messages.0.tool_call_id"),
         ([dict(role="user", content=SURROGATE)], "messages"),
         *(([dict(role=role, content="x")], "messages.0.role") for role in (SURROGATE, "wizard", "", "User", None)),

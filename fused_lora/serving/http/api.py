@@ -19,35 +19,38 @@ from pydantic import BaseModel, ConfigDict, FailFast, Field
 from fused_lora.serving.http.logprobs import MOST_OF_CHATS, MOST_OF_COMPLETIONS, Scored, Speller
 from fused_lora.serving.http.record import request_id
 
-# parameter -> the values with which it asks for nothing
+# parameter -> the values with which it asks for nothing, beside null
 _NEUTRAL: dict[str, tuple] = {
-    "add_generation_prompt": (None, True),
-    "best_of": (None, 1),
-    "echo": (None, False),
-    "frequency_penalty": (None, 0, 0.0),
-    "function_call": (None, "none"),
-    "functions": (None, []),
-    "ignore_eos": (None, False),
-    "include_stop_str_in_output": (None, False),
-    "length_penalty": (None, 1, 1.0),
-    "logit_bias": (None, {}),
-    "min_p": (None, 0, 0.0),
-    "min_tokens": (None, 0),
-    "modalities": (None, ["text"]),
-    "presence_penalty": (None, 0, 0.0),
-    "repetition_penalty": (None, 1, 1.0),
-    "response_format": (None, {"type": "text"}),
-    "skip_special_tokens": (None, True),
-    "stop_token_ids": (None, []),
-    "suffix": (None, ""),
-    "tool_choice": (None, "none"),
-    "tools": (None, []),
-    "top_k": (None, -1, 0),
-    "top_logprobs": (None, 0),
-    "use_beam_search": (None, False),
+    "add_generation_prompt": (True,),
+    "best_of": (1,),
+    "echo": (False,),
+    "frequency_penalty": (0, 0.0),
+    "function_call": ("none", "auto"),  # what "auto" may choose from is in functions, and in tools
+    "functions": ([],),
+    "ignore_eos": (False,),
+    "include_stop_str_in_output": (False,),
+    "length_penalty": (1, 1.0),
+    "logit_bias": ({},),
+    "min_p": (0, 0.0),
+    "min_tokens": (0,),
+    "modalities": (["text"],),
+    "presence_penalty": (0, 0.0),
+    "reasoning_effort": ("none",),
+    "repetition_penalty": (1, 1.0),
+    "response_format": ({"type": "text"},),
+    "skip_special_tokens": (True,),
+    "stop_token_ids": ([],),
+    "suffix": ("",),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "top_k": (-1, 0),
+    "top_logprobs": (0,),
+    "use_beam_search": (False,),
+    "verbosity": ("medium",),
 }
 _WITHOUT_EFFECT = frozenset(
-    "metadata parallel_tool_calls prompt_cache_key safety_identifier service_tier store user".split()
+    "metadata parallel_tool_calls prediction prompt_cache_key prompt_cache_retention safety_identifier service_tier "
+    "store user".split()
 )
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 256
@@ -69,10 +72,10 @@ _STOPS_SCHEMA: dict[str, Any] = {
 
 def _describe_others(schema: dict[str, Any]) -> None:
     """Put into a request's JSON schema what ``GenerateRequest.check`` accepts beside the fields."""
-    others: dict[str, Any] = {name: {"enum": list(values)} for name, values in _NEUTRAL.items()}
+    others: dict[str, Any] = {name: {"enum": [None, *values]} for name, values in _NEUTRAL.items()}
     others |= {name: {"description": "ignored"} for name in sorted(_WITHOUT_EFFECT)}
     schema["properties"] = {**others, **schema["properties"]}
-    schema["additionalProperties"] = False
+    schema["additionalProperties"] = {"type": "null"}
 
 
 def _describe_message(schema: dict[str, Any]) -> None:
@@ -183,7 +186,7 @@ class GenerateRequest(Checked):
     def check(self) -> None:
         """Raise ApiError for a parameter that the engine does not support or that is no parameter."""
         for name, value in (self.model_extra or {}).items():
-            if name in _WITHOUT_EFFECT:
+            if value is None or name in _WITHOUT_EFFECT:
                 continue
             if name not in _NEUTRAL:
                 raise ApiError(400, f"Unrecognized request argument: {name[:100]}", name[:100])
@@ -237,6 +240,7 @@ class Message(Checked):
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: str | Many[TextPart]
+    type: Literal["text"] = "text"  # says nothing; lm-eval up to 0.4.9 sends it
 
     def plain(self) -> dict[str, str]:
         """Role and text, as chat templates take them."""
@@ -255,7 +259,7 @@ class ChatRequest(GenerateRequest):
     def check(self) -> None:
         """As for all requests. A message may hold nothing that would be left out of the prompt."""
         super().check()
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise ApiError(400, "top_logprobs: only with logprobs=true", "top_logprobs")
         for i, message in enumerate(self.messages):
             for name, value in (message.model_extra or {}).items():
