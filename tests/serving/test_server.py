@@ -172,7 +172,7 @@ def test_stop_strings(server, alone):
         (dict(presence_penalty=0.5), 400, "presence_penalty"),
         (dict(extra_body={"min_p": 0.1}), 400, "min_p is not supported"),
         (dict(extra_body={"priority": 1}), 400, "Unrecognized request argument: priority"),
-        (dict(max_tokens=1024), 400, "maximum context length is 1024"),
+        (dict(max_tokens=1024), 400, "This model's maximum context length is 1024 tokens, and the prompt is too long"),
         (dict(n=99), 400, "expected 1 to 16, got 1 x 99"),
     ],
 )

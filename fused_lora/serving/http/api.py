@@ -138,6 +138,13 @@ def too_slow(seconds: float) -> ApiError:
     return ApiError(504, f"the request took longer than {seconds:g} s", code="timeout")
 
 
+def too_long(context: int, has: str, param: str) -> ApiError:
+    """400: the prompt and what it asks for do not fit into the context. Clients know this error by its code, or by one
+    of the message's two phrases (LiteLLM, LangChain)."""
+    message = f"This model's maximum context length is {context} tokens, and the prompt is too long: {param} has {has}."
+    return ApiError(400, message, param, "context_length_exceeded")
+
+
 def unexpected(error: Exception) -> ApiError:
     """500: an unexpected error."""
     return ApiError(500, f"{type(error).__name__} in the server; its log says more")

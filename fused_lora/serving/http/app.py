@@ -38,6 +38,7 @@ from fused_lora.serving.http.api import (
     Usage,
     malformed,
     queue_full,
+    too_long,
     unexpected,
     unknown_model,
 )
@@ -135,9 +136,7 @@ class Service:
     def _budget(self, prompt: int, wanted: int | None, name: str) -> int:
         context = self.context
         if prompt + (wanted or 1) > context:
-            asked = f"{prompt} tokens in the prompt and {wanted or 1} to generate"
-            message = f"This server's maximum context length is {context} tokens; the request has {asked}."
-            raise ApiError(400, message, name, "context_length_exceeded")
+            raise too_long(context, f"{prompt} tokens, and {wanted or 1} are to be generated", name)
         return wanted if wanted is not None else min(context - prompt, self.engine.limits.max_tokens)
 
     async def answer(self, http: Request, request: GenerateRequest) -> Response:

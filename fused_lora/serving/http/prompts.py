@@ -8,7 +8,7 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from fused_lora.serving.http.api import ApiError
+from fused_lora.serving.http.api import ApiError, too_long
 from fused_lora.serving.http.text import TextStream
 
 SHORT_CHARACTERS = 16 << 10
@@ -42,7 +42,7 @@ class PromptReader:
         texts = [prompt] if isinstance(prompt, str) else [text for message in prompt for text in message.values()]
         characters = sum(map(len, texts))
         if characters > self.most_characters or len(texts) > 2 * self.context:
-            raise self._too_long(f"{characters} characters", name)
+            raise too_long(self.context, f"{characters} characters", name)
         if any(map(_SURROGATE.search, texts)):
             raise ApiError(400, f"{name}: half of a surrogate pair is no text", name)
         tokenizer, pool = self._short if characters <= SHORT_CHARACTERS else self._long
@@ -61,9 +61,8 @@ class PromptReader:
         except Exception as error:  # templates raise what they like, and say what is wrong with the messages
             raise ApiError(400, f"{name}: cannot be turned into tokens: {error}"[:500], name) from None
         if ids is None:
-            raise self._too_long(
-                f"more than {2 * self.context} tokens in its first {8 * self.context} characters", name
-            )
+            has = f"more than {2 * self.context} tokens in its first {8 * self.context} characters"
+            raise too_long(self.context, has, name)
         return list(ids)
 
     async def echo(self, prompt: Any, ids: list[int]) -> tuple[str, list[int]]:
@@ -78,7 +77,3 @@ class PromptReader:
             return (prompt if isinstance(prompt, str) else text), stream.offsets
 
         return await asyncio.get_running_loop().run_in_executor(pool, work)
-
-    def _too_long(self, what: str, name: str) -> ApiError:
-        message = f"This server's maximum context length is {self.context} tokens; the request's {name} has {what}."
-        return ApiError(400, message, name, "context_length_exceeded")
