@@ -150,6 +150,13 @@ def test_prompts_of_a_list_and_several_choices(server, alone):
         assert "".join(c.choices[0].text for c in streamed if c.choices[0].index == index) == text
 
 
+def test_one_request_may_have_as_many_prompts_as_the_queue(server, strict, alone):
+    answer = server.say("a1", ["one", "two"] * 60, 2)
+    assert [c.text for c in answer.choices] == [alone("a1", "one", 2), alone("a1", "two", 2)] * 60
+    status, body = status_of(lambda: strict.say("a1", ["one"] * 4, 2))  # no 429: to ask again would not help
+    assert status == 400 and "expected 1 to 3, got 4 x 1" in body["message"]
+
+
 def test_stop_strings(server, alone):
     whole = alone("tiny", "Stop", 30)
     pairs = [whole[i : i + 2] for i in range(4, 20)]
@@ -173,7 +180,7 @@ def test_stop_strings(server, alone):
         (dict(extra_body={"min_p": 0.1}), 400, "min_p is not supported"),
         (dict(extra_body={"priority": 1}), 400, "Unrecognized request argument: priority"),
         (dict(max_tokens=1024), 400, "This model's maximum context length is 1024 tokens, and the prompt is too long"),
-        (dict(n=99), 400, "expected 1 to 16, got 1 x 99"),
+        (dict(n=99, prompt=["x", "y"]), 400, "expected 1 to 128, got 2 x 99"),
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])

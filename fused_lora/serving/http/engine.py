@@ -18,7 +18,7 @@ from fused_lora.modules.inject import AdapterNotFound
 from fused_lora.serving.engine.admission import version_of
 from fused_lora.serving.engine.failures import StepFailed, failure_of
 from fused_lora.serving.engine.logprobs import TokenLogprob
-from fused_lora.serving.http.api import ApiError, queue_full, too_slow, unexpected, unknown_model
+from fused_lora.serving.http.api import MAX_PROMPTS, ApiError, queue_full, too_slow, unexpected, unknown_model
 from fused_lora.serving.http.logprobs import Scored
 from fused_lora.serving.http.metrics import Counts, Metrics
 from fused_lora.serving.http.record import request_id
@@ -39,11 +39,15 @@ class Limits:
 
     max_queue: int = 256
     max_tokens: int = 4096
-    max_choices: int = 16
     request_seconds: float = 600.0
     drain_seconds: float = 30.0
     body_bytes: int = 1 << 20
     body_seconds: float = 30.0
+
+    @property
+    def max_choices(self) -> int:
+        """Sequences of one request."""
+        return min(MAX_PROMPTS, self.max_queue)
 
 
 @dataclass
