@@ -124,6 +124,15 @@ def test_streams_add_up_to_the_whole(server, alone, name):
     assert text == alone(name, "user: hi\nassistant:", 9)
 
 
+def test_chunks_have_the_usage_up_to_them_where_it_is_asked_for(server):
+    options = dict(include_usage=True, continuous_usage_stats=True, include_obfuscation=False)
+    more = dict(messages=[dict(role="user", content="hi")], max_tokens=9, temperature=0, stream=True, n=2)
+    chunks = list(server.client.chat.completions.create(model="a1", **more, stream_options=options))
+    counts = [c.usage.completion_tokens for c in chunks]
+    assert counts == sorted(counts) and counts[0] == 0 and counts[-1] == 18 and len(set(counts)) > 4
+    assert {c.usage.prompt_tokens for c in chunks} == {19} and chunks[-1].choices == []
+
+
 def test_many_clients_with_different_adapters(server, alone):
     names = ["tiny", "a0", "a1", "a2", "a3", "a4", "a5"]
     shared = "The same prompt for many of them, page after page"

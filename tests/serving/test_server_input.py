@@ -80,6 +80,12 @@ def test_completions(server, field, values):
         refused(post(server, "completions", {**COMPLETION, field: value}), 400, field, field)
 
 
+@pytest.mark.parametrize("name, value", [("include_usage", 1), ("continuous_usage_stats", "yes"), ("speed", True)])
+def test_stream_options(server, name, value):
+    body = {**COMPLETION, "stream": True, "stream_options": {name: value}}
+    refused(post(server, "completions", body), 400, f"stream_options.{name}", name)
+
+
 @pytest.mark.parametrize(
     "messages, where",
     [

@@ -172,7 +172,13 @@ class Checked(BaseModel):
 
 
 class StreamOptions(Checked):
+    """``continuous_usage_stats`` is vLLM's: each chunk has the usage up to it."""
+
+    model_config = ConfigDict(extra="forbid")
+
     include_usage: bool = False
+    continuous_usage_stats: bool = False
+    include_obfuscation: bool = False  # there is none in any case
 
 
 class GenerateRequest(Checked):
@@ -209,10 +215,6 @@ class GenerateRequest(Checked):
     def stops(self) -> list[str]:
         """The stop strings as a list."""
         return [self.stop] if isinstance(self.stop, str) else list(self.stop or [])
-
-    @property
-    def include_usage(self) -> bool:
-        return self.stream_options is not None and self.stream_options.include_usage
 
 
 class CompletionRequest(GenerateRequest):

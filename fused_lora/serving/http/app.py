@@ -34,6 +34,7 @@ from fused_lora.serving.http.api import (
     CompletionRequest,
     GenerateRequest,
     LoadRequest,
+    StreamOptions,
     UnloadRequest,
     Usage,
     malformed,
@@ -159,7 +160,7 @@ class Service:
         usage = Usage(prompt_tokens=sum(len(job.prompt) for job in jobs[:: request.n or 1]))
         record.prompt_tokens, record.completion_tokens = usage.prompt_tokens, 0
         if request.stream:
-            chunks = self._chunks(answer, jobs, usage, request.include_usage, record)
+            chunks = self._chunks(answer, jobs, usage, request.stream_options or StreamOptions(), record)
             return StreamingResponse(chunks, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
         return JSONResponse(await unless_gone(http, self._whole(answer, jobs, usage, record)))
 
@@ -184,20 +185,23 @@ class Service:
         return answer.whole(texts, reasons, scored, usage)
 
     async def _chunks(
-        self, answer: Answer, jobs: list[Job], usage: Usage, with_usage: bool, record: Record
+        self, answer: Answer, jobs: list[Job], usage: Usage, options: StreamOptions, record: Record
     ) -> AsyncGenerator[str, None]:
+        def event(chunk: dict[str, Any]) -> str:
+            return _event({**chunk, "usage": usage.json()} if options.continuous_usage_stats else chunk)
+
         for chunk in answer.opening(len(jobs)):
-            yield _event(chunk)
+            yield event(chunk)
         try:
             async with contextlib.aclosing(self._pieces(jobs, usage, record)) as pieces:
                 async for index, piece in pieces:
                     if piece.text or piece.reason or piece.scored:
-                        yield _event(answer.piece(index, piece.text, piece.reason, piece.scored))
+                        yield event(answer.piece(index, piece.text, piece.reason, piece.scored))
         except ApiError as error:  # the status has been sent; clients look for this object in the stream
             record.error = error.name
             yield _event(error.body())
             return
-        if with_usage:
+        if options.include_usage:
             yield _event(answer.usage(usage))
         yield "data: [DONE]\n\n"
 
