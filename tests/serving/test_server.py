@@ -99,6 +99,12 @@ def test_end_of_sequence_ends_the_answer(server):
     assert answer.usage.completion_tokens < 8 * 300 and not any("<end>" in c.text for c in answer.choices)
 
 
+def test_ignore_eos_goes_on_to_the_limit(server):
+    answer = server.say("a1", "End", 300, n=8, temperature=2.0, seed=1, extra_body={"ignore_eos": True})
+    assert {choice.finish_reason for choice in answer.choices} == {"length"}
+    assert answer.usage.completion_tokens == 8 * 300 and not any("<end>" in c.text for c in answer.choices)
+
+
 def test_chat_is_the_merged_models(server, alone):
     parts = [{"type": "text", "text": "hi"}]
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": parts}]

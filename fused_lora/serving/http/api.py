@@ -27,7 +27,6 @@ _NEUTRAL: dict[str, tuple] = {
     "frequency_penalty": (0, 0.0),
     "function_call": ("none", "auto"),  # what "auto" may choose from is in functions, and in tools
     "functions": ([],),
-    "ignore_eos": (False,),
     "include_stop_str_in_output": (False,),
     "length_penalty": (1, 1.0),
     "logit_bias": ({},),
@@ -193,6 +192,7 @@ class GenerateRequest(Checked):
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
     n: int | None = Field(default=None, ge=1, le=128)
     stop: str | Few[str] | None = Field(default=None, json_schema_extra=_STOPS_SCHEMA)
+    ignore_eos: bool | None = None  # vLLM's; load generators want answers of one length
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 

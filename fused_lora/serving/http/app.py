@@ -130,7 +130,8 @@ class Service:
             for choice in range(n):
                 seed = None if request.seed is None else request.seed + choice * 0x9E3779B9
                 drawn = temperature, top_p, seed
-                jobs.append(Job(ids, adapter, budget, *drawn, request.stops(), name, logprobs, echoed))
+                told = name, logprobs, echoed, bool(request.ignore_eos)
+                jobs.append(Job(ids, adapter, budget, *drawn, request.stops(), *told))
         self.engine.check(jobs)
         return jobs
 

@@ -59,6 +59,7 @@ class Job:
         source: the request's parameter that the prompt came from.
         logprobs: so many of the likeliest tokens come with each token; None: no log probabilities.
         echo: the prompt's text and where its tokens begin in it, which come before the new text.
+        ignore_eos: generate ``max_tokens`` tokens, whatever they are.
         since: when its request began (``time.monotonic``).
         deadline: when it ends (``time.monotonic``); the server's time for a request, once it has begun, may be earlier.
     """
@@ -73,6 +74,7 @@ class Job:
     source: str = "prompt"
     logprobs: int | None = None
     echo: tuple[str, list[int]] | None = None
+    ignore_eos: bool = False
     since: float = field(default_factory=time.monotonic)
     deadline: float = math.inf
 
@@ -224,7 +226,8 @@ class AsyncEngine:
             seen += len(new)
             reason = "stop" if text.stopped else None
             if running.finished and not text.stopped:
-                reason = "stop" if output.generated_tokens[-1] in self._ends() else "length"
+                ended = not job.ignore_eos and output.generated_tokens[-1] in self._ends()
+                reason = "stop" if ended else "length"
             # a token comes with its text; what begins behind a stop string does not come
             end = math.inf if reason and not text.stopped else echo + text.released
             ready = [entry for entry in scored if entry.offset < end]
@@ -242,6 +245,7 @@ class AsyncEngine:
                 engine_id,
                 max(job.max_tokens, 1),
                 streaming=True,
+                eos_token_id=-1 if job.ignore_eos else None,
                 adapter=job.adapter,
                 temperature=job.temperature,
                 top_p=job.top_p,
