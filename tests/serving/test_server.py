@@ -230,9 +230,19 @@ def test_chat_refuses_tools(server):
 
 
 def test_unknown_routes_have_the_error_shape(server):
-    assert server.http.get("/v1/nothing").json()["error"]["type"] == "invalid_request_error"
+    error = server.http.post("/v1/responses", json={}).json()["error"]
+    assert error["type"] == "invalid_request_error" and "POST /v1/responses" in error["message"]
     wrong = server.http.get("/v1/completions")
-    assert wrong.status_code == 405 and wrong.headers["allow"] == "POST"
+    assert wrong.status_code == 405 and wrong.headers["allow"] == "POST" and "POST" in wrong.json()["error"]["message"]
+
+
+def test_head_is_answered_where_get_is(server):
+    for path in ("/health", "/metrics", "/v1/models", "/v1/models/a0"):
+        head, whole = server.http.head(path), server.http.get(path)
+        assert head.status_code == 200 and head.content == b""
+        assert head.headers["content-type"] == whole.headers["content-type"]
+    assert [server.http.head(path).status_code for path in ("/v1/models/nobody", "/v1/completions")] == [404, 405]
+    assert server.http.get("/health").json() == {"status": "ok"}  # the connection is still in step
 
 
 def test_load_and_unload(server, alone, world):

@@ -307,7 +307,12 @@ def _answer_errors(app: FastAPI) -> None:
     async def http_error(http: Request, error: HTTPException) -> Response:
         if error.status_code == 400:  # the only one of FastAPI's own: bytes that are no text, or nested too deeply
             return answer(http, ApiError(400, "body: no JSON that can be read"))
-        return answer(http, ApiError(error.status_code, str(error.detail)), error.headers)  # a 405 says what is allowed
+        asked = f"{http.method} {http.url.path[:200]}"
+        if error.status_code == 404:
+            return answer(http, ApiError(404, f"Invalid URL ({asked})", code="unknown_url"))
+        headers = error.headers or {}  # a 405 says what is allowed
+        message = f"{error.detail} ({asked}), allowed: {headers.get('Allow')}"
+        return answer(http, ApiError(error.status_code, message), headers)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(http: Request, error: RequestValidationError) -> Response:

@@ -57,7 +57,9 @@ class Guard:
                 record.error = error.name
                 await _refuse(noted, error)
                 return
-            await self.app(scope, _replay(body, receive), noted)
+            # what HEAD asks for is the head of what GET answers; uvicorn leaves the body out
+            method = "GET" if scope["method"] == "HEAD" else scope["method"]
+            await self.app({**scope, "method": method}, _replay(body, receive), noted)
         finally:
             record.error = record.error or (None if ended else "disconnected")
             record.write()
