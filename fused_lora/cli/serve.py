@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import os
+import re
 import signal
 import threading
 from collections.abc import AsyncIterator, Sequence
@@ -38,6 +39,14 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1, this machine alone")
     found.add_argument("--port", type=_port, default=8000, help="0 takes a free one (default: 8000)")
     found.add_argument("--api-key", help=f"clients must send it; {KEY_VARIABLE} in the environment does the same")
+    found.add_argument(
+        "--allow-origin",
+        nargs="+",
+        type=_origin,
+        default=[],
+        metavar="ORIGIN",
+        help="web pages of these origins may ask, e.g. https://chat.example.org; * for all (default: none)",
+    )
     found.add_argument("--allow-load", action="store_true", help="/v1/load_lora_adapter and unload, from DIR only")
     found.add_argument(
         "--allow-partial", action="store_true", help="leave out what an adapter has and the model has not"
@@ -164,7 +173,13 @@ def build(options: argparse.Namespace) -> Any:
     )
     engine = AsyncEngine(manager, tokenizer, limits, Metrics())
     settings = Settings(
-        name, options.adapters, options.allow_load, options.api_key, options.allow_partial, options.model
+        name,
+        options.adapters,
+        options.allow_load,
+        options.api_key,
+        options.allow_partial,
+        options.model,
+        options.allow_origin,
     )
 
     @contextlib.asynccontextmanager
@@ -282,6 +297,12 @@ def _lora_module(text: str) -> tuple[str, str]:
             f"expected NAME=PATH, or JSON with name and path, got {text!r}: {error}"
         ) from None
     return name, path
+
+
+def _origin(text: str) -> str:
+    if text != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", text):  # a browser sends no path
+        raise argparse.ArgumentTypeError(f"expected * or SCHEME://HOST[:PORT], got {text!r}")
+    return text
 
 
 def _count(text: str, least: int = 1, most: float = math.inf, expected: str = "a whole number, at least 1") -> int:

@@ -30,7 +30,7 @@ from fused_lora.serving.engine import continuous  # noqa: E402
 from fused_lora.serving.http.api import ApiError  # noqa: E402
 from fused_lora.serving.http.guard import allowed_adapter  # noqa: E402
 
-KEY = "right-key"
+KEY, ORIGIN = "right-key", "http://pages.test:3000"
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def server(world, tmp_path_factory):
 @pytest.fixture(scope="module")
 def strict(world, tmp_path_factory):
     """A server with a key, small limits and no loading."""
-    limits = "--max-tokens 1000 --max-queue 3 --max-body 20K --max-requests 2".split()
+    limits = f"--max-tokens 1000 --max-queue 3 --max-body 20K --max-requests 2 --allow-origin {ORIGIN}".split()
     log = tmp_path_factory.mktemp("log") / "log"
     with Server(world.folder, world.root, log, "--api-key", KEY, *limits, key=KEY) as found:
         yield found
@@ -522,6 +522,22 @@ def test_right_key_is_let_in(strict, alone):
     assert strict.say("a1", "Key", 6).choices[0].text == alone("a1", "Key", 6)
 
 
+def test_web_pages_of_allowed_origins_may_ask(strict, server):
+    asks = {"Origin": ORIGIN, "Access-Control-Request-Method": "POST"}
+    asks["Access-Control-Request-Headers"] = "authorization,content-type,x-stainless-lang"
+    url = f"{strict.url}/v1/chat/completions"
+    first = httpx.options(url, headers=asks)  # without the key: browsers do not send it here
+    assert first.status_code == 200 and first.headers["access-control-allow-origin"] == ORIGIN
+    assert "x-stainless-lang" in first.headers["access-control-allow-headers"]
+    assert httpx.options(url, headers={**asks, "Origin": "http://other.test"}).status_code == 400
+    refused = httpx.post(url, headers={"Origin": ORIGIN}, json={})  # the page can read why
+    assert refused.status_code == 401 and refused.headers["access-control-allow-origin"] == ORIGIN
+    body = dict(model="a1", prompt="x", max_tokens=2, stream=True)
+    answer = strict.http.post("/v1/completions", headers={"Origin": ORIGIN}, json=body)
+    assert answer.headers["access-control-allow-origin"] == ORIGIN and answer.text.endswith("data: [DONE]\n\n")
+    assert "access-control-allow-origin" not in server.http.get("/v1/models", headers={"Origin": ORIGIN}).headers
+
+
 def test_loading_is_off_by_default(strict):
     for answer in (strict.load("a0", "a0"), strict.unload("a0")):
         assert answer.status_code == 403 and "--allow-load" in answer.json()["error"]["message"]
@@ -599,6 +615,10 @@ def test_command_line_refuses_nonsense(tmp_path, capsys, monkeypatch):
             with pytest.raises(SystemExit):
                 parser().parse_args(["--model", "m", f"{option}={text}"])
             assert f"argument {option}: expected" in capsys.readouterr().err
+    for text in ("pages.test", "http://pages.test/", ""):
+        with pytest.raises(SystemExit):
+            parser().parse_args(["--model", "m", "--allow-origin", text])
+        assert "argument --allow-origin: expected" in capsys.readouterr().err
     for key in ("", " "):
         with pytest.raises(SystemExit, match="the key is empty"):
             main(["serve", "--model", "m", "--api-key", key])

@@ -16,7 +16,7 @@ import contextlib
 import json
 import logging
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 
 from fused_lora.modules.inject import AdapterNotFound
 from fused_lora.serving.http.api import (
@@ -69,7 +70,7 @@ _log = logging.getLogger("fused_lora.serve")
 @dataclass
 class Settings:
     """Settings of one server: the name of its model, where adapters may come from, the key, whether adapters are loaded
-    without the tensors that do not fit the model, and where the model is from."""
+    without the tensors that do not fit the model, where the model is from, and from where web pages may ask."""
 
     base_name: str
     adapters: Path | None = None
@@ -77,6 +78,7 @@ class Settings:
     api_key: str | None = None
     allow_partial: bool = False
     base_path: str | None = None
+    origins: Sequence[str] = ()
 
 
 class Service:
@@ -288,7 +290,17 @@ def create_app(engine: AsyncEngine, settings: Settings, lifespan: Any = None) ->
 
     _answer_errors(app)
     describe(app, settings.api_key is not None, OPEN_PATHS)
-    return Guard(app, engine.limits, settings.api_key, engine.metrics)
+    guarded = Guard(app, engine.limits, settings.api_key, engine.metrics)
+    if not settings.origins:
+        return guarded
+    # outside of the guard: a browser asks first whether it may send the key, and does so without it
+    return CORSMiddleware(
+        guarded,
+        allow_origins=settings.origins,
+        allow_methods=["*"],
+        allow_headers=["*"],
+        expose_headers=["x-request-id", "retry-after"],
+    )
 
 
 def _answer_errors(app: FastAPI) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import hmac
 import json
+from collections.abc import MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ class Guard:
         self.app, self.limits, self.metrics = app, limits, metrics
         self._key = None if api_key is None else hashlib.sha256(api_key.encode()).digest()
 
-    async def __call__(self, scope: dict, receive: Any, send: Any) -> None:
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Any, send: Any) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -64,7 +65,7 @@ class Guard:
             record.error = record.error or (None if ended else "disconnected")
             record.write()
 
-    def _check_key(self, scope: dict) -> None:
+    def _check_key(self, scope: MutableMapping[str, Any]) -> None:
         if self._key is None or scope["path"] in OPEN_PATHS:
             return
         given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
@@ -74,7 +75,7 @@ class Guard:
         if scheme.lower() != b"bearer" or not same:
             raise ApiError(401, "Incorrect API key provided.", code="invalid_api_key", kind="authentication_error")
 
-    async def _body(self, scope: dict, receive: Any) -> bytes:
+    async def _body(self, scope: MutableMapping[str, Any], receive: Any) -> bytes:
         limit = self.limits.body_bytes
         too_large = ApiError(413, f"the body is larger than {limit} bytes", code="body_too_large")
         length = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
