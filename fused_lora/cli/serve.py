@@ -10,6 +10,7 @@ import math
 import os
 import re
 import signal
+import socket
 import threading
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
@@ -103,6 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_transformers()
     except RuntimeError as error:
         raise SystemExit(f"fused-lora serve: {error}") from None
+    _check_address(options.host, options.port)
     app = build(options)
     config = uvicorn.Config(
         app,
@@ -120,6 +122,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             signal.signal(number, lambda *_: None)
     uvicorn.Server(config).run()
     return 0
+
+
+def _check_address(host: str, port: int) -> None:
+    """SystemExit if the server cannot listen there, which uvicorn would find out after the model was loaded."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as uvicorn does
+            probe.bind(address)
+    except OSError as error:
+        raise SystemExit(f"--host, --port: cannot listen on {host} port {port}: {error.strerror}") from None
 
 
 def _log_with_ids(no_access_log: bool) -> None:

@@ -9,6 +9,7 @@ import json
 import re
 import shutil
 import signal
+import socket
 import sys
 import threading
 
@@ -28,7 +29,9 @@ from prometheus_client.parser import text_string_to_metric_families  # noqa: E40
 from fused_lora.cli.serve import _bytes, parser  # noqa: E402
 from fused_lora.serving.engine import continuous  # noqa: E402
 from fused_lora.serving.http.api import ApiError  # noqa: E402
-from fused_lora.serving.http.guard import allowed_adapter  # noqa: E402
+from fused_lora.serving.http.engine import Limits  # noqa: E402
+from fused_lora.serving.http.guard import Guard, allowed_adapter  # noqa: E402
+from fused_lora.serving.http.metrics import Metrics  # noqa: E402
 
 KEY, ORIGIN = "right-key", "http://pages.test:3000"
 
@@ -549,8 +552,11 @@ def test_limits(strict):
     assert chunked.status_code == 413 and chunked.json()["error"]["code"] == "body_too_large"
     status, body = status_of(lambda: strict.say("tiny", "x", 1001))
     assert status == 400 and "at most 1000" in body["message"]
-    status, body = status_of(lambda: strict.say("tiny", "x", 4, n=4))
+    with strict.say("tiny", "x", 1000, n=3, stream=True, extra_body={"ignore_eos": True}) as stream:
+        next(iter(stream))
+        status, body = status_of(lambda: strict.say("tiny", "x", 4))
     assert (status, body["code"]) == (429, "queue_full")
+    wait_for(lambda: strict.metric("requests_running") == 0)
 
 
 def test_requests_that_take_too_long_end(world, tmp_path):
@@ -601,13 +607,60 @@ def test_graceful_shutdown_finishes_what_runs(world, alone, tmp_path):
     assert server.process.wait(HANG) == 0, server.log.read_text()
 
 
+def test_what_has_not_ended_in_time_is_told_that_the_server_stops(world, tmp_path):
+    # 16 sequences of 1,000 tokens, two at a time: more than any machine does in this time
+    long = dict(n=8, extra_body={"ignore_eos": True})
+    with Server(world.folder, world.root, tmp_path / "log", "--drain-timeout", "1", "--max-requests", "2") as server:
+        stream = server.say("a2", "x", 1000, stream=True, **long)
+        next(iter(stream))
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            whole = pool.submit(status_of, lambda: server.say("a1", "x", 1000, **long))
+            wait_for(lambda: server.metric("requests_waiting") >= 8)
+            server.process.send_signal(signal.SIGTERM)
+            with pytest.raises(openai.APIError, match="the server is shutting down"):
+                list(stream)
+            status, body = whole.result()
+        assert (status, body["code"]) == (503, "shutting_down")
+        assert server.process.wait(HANG) == 0 and "Traceback" not in server.log.read_text()
+
+
+def test_a_client_that_does_not_read_is_cut_off_when_the_server_stops():
+    async def run():
+        begun, told = asyncio.Event(), asyncio.Event()
+
+        async def stream(scope, receive, send):
+            headers = [(b"content-type", b"text/event-stream")]
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
+            begun.set()
+            await asyncio.sleep(HANG)
+
+        async def receive():
+            return {"type": "http.request", "body": b"", "more_body": False}
+
+        async def send(message):
+            if message["type"] == "http.response.body":
+                told.set()
+                await asyncio.sleep(HANG)
+
+        scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": []}
+        task = asyncio.create_task(Guard(stream, Limits(), None, Metrics())(scope, receive, send))
+        await begun.wait()
+        task.cancel()  # as uvicorn does after its time
+        await told.wait()
+        task.cancel()  # as the loop does at its end
+        await task
+
+    asyncio.run(run())
+
+
 def test_command_line_refuses_nonsense(tmp_path, capsys, monkeypatch):
     from fused_lora.cli import main
 
+    serve = ["serve", "--model", "m", "--port", "0"]
     with pytest.raises(SystemExit, match="needs --adapters"):
-        main(["serve", "--model", "m", "--allow-load"])
+        main([*serve, "--allow-load"])
     with pytest.raises(SystemExit, match="no folder"):
-        main(["serve", "--model", "m", "--adapters", str(tmp_path / "none")])
+        main([*serve, "--adapters", str(tmp_path / "none")])
     sizes = ("--capacity", "--host-capacity", "--max-body")
     counts = ("--max-requests", "--max-step-tokens", "--cache-tokens", "--max-queue", "--max-tokens")
     for option in (*sizes, *counts, "--request-timeout", "--drain-timeout", "--port"):
@@ -621,23 +674,29 @@ def test_command_line_refuses_nonsense(tmp_path, capsys, monkeypatch):
         assert "argument --allow-origin: expected" in capsys.readouterr().err
     for key in ("", " "):
         with pytest.raises(SystemExit, match="the key is empty"):
-            main(["serve", "--model", "m", "--api-key", key])
+            main([*serve, "--api-key", key])
         monkeypatch.setenv("FUSED_LORA_API_KEY", key)
         with pytest.raises(SystemExit, match="FUSED_LORA_API_KEY: the key is empty"):
-            main(["serve", "--model", "m"])
+            main(serve)
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="^secret$"):
         patch.setenv("FUSED_LORA_API_KEY", "secret\n")  # as of a file
         patch.setattr("fused_lora.cli.serve.build", lambda options: sys.exit(options.api_key))
-        main(["serve", "--model", "m"])
+        main(serve)
     monkeypatch.delenv("FUSED_LORA_API_KEY")
     with pytest.raises(SystemExit, match="--model: .*nowhere"):
-        main(["serve", "--model", str(tmp_path / "nowhere"), "--device", "cpu"])
+        main([*serve, "--model", str(tmp_path / "nowhere"), "--device", "cpu"])
     for device in ("toaster", "cuda:77"):
         with pytest.raises(SystemExit, match="--device: "):
-            main(["serve", "--model", "m", "--device", device])
+            main([*serve, "--device", device])
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = str(other.getsockname()[1])
+        with pytest.raises(SystemExit, match=f"cannot listen on 127.0.0.1 port {port}: Address already in use"):
+            main([*serve, "--port", port])
+    with pytest.raises(SystemExit, match="cannot listen on no.such.host.test port 0: "):
+        main([*serve, "--host", "no.such.host.test"])
     monkeypatch.setattr(continuous, "TESTED_TRANSFORMERS", ("5.0",))
     with pytest.raises(SystemExit, match=r"tested on 5\.0\.x; found"):
-        main(["serve", "--model", "m"])
+        main(serve)
     assert [_bytes(t) for t in ("10", "1k", "1.5M", "2G")] == [10, 1024, 3 << 19, 2 << 30]
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import hmac
 import json
-from collections.abc import MutableMapping
+from collections.abc import Coroutine, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +39,13 @@ class Guard:
         route = path if path in _ROUTES else "other"
         record = scope[RECORD] = Record(taken_or_made(scope["headers"]), scope["method"], route)
         request_id.set(record.request_id)
-        ended = False
+        ended = streams = False
 
         async def noted(message: dict) -> None:
-            nonlocal ended
+            nonlocal ended, streams
             if message["type"] == "http.response.start":
                 record.status = message["status"]
+                streams = any(value.startswith(b"text/event-stream") for _, value in message.get("headers", ()))
                 self.metrics.requests[route, message["status"]] += 1
                 message["headers"] = [*message.get("headers", ()), (HEADER, record.request_id.encode())]
             elif not message.get("more_body"):
@@ -60,7 +62,15 @@ class Guard:
                 return
             # what HEAD asks for is the head of what GET answers; uvicorn leaves the body out
             method = "GET" if scope["method"] == "HEAD" else scope["method"]
-            await self.app({**scope, "method": method}, _replay(body, receive), noted)
+            if not await _ends(self.app({**scope, "method": method}, _replay(body, receive), noted)):
+                error = ApiError(503, "the server is shutting down", code="shutting_down")
+                record.error = error.name
+                with contextlib.suppress(asyncio.CancelledError):  # a client that does not read is cut off
+                    if record.status is None:
+                        await _refuse(noted, error)
+                    elif streams and not ended:
+                        event = f"data: {json.dumps(error.body())}\n\n".encode()
+                        await noted({"type": "http.response.body", "body": event})
         finally:
             record.error = record.error or (None if ended else "disconnected")
             record.write()
@@ -98,6 +108,15 @@ class Guard:
             return await asyncio.wait_for(read(), self.limits.body_seconds)
         except asyncio.TimeoutError:
             raise ApiError(408, "the body did not come in time", code="timeout") from None
+
+
+async def _ends(work: Coroutine) -> bool:
+    """Whether ``work`` ends by itself: uvicorn cancels what still runs when a server that stops has waited its time."""
+    try:
+        await work
+    except asyncio.CancelledError:
+        return False
+    return True
 
 
 def _replay(body: bytes, receive: Any) -> Any:

@@ -22,7 +22,7 @@ _STATUS = {
     422: "The adapter cannot be served, or can never fit into the store, or its answer is not finite.",
     429: "As many requests run and wait as the server takes.",
     500: "The model failed in a step with this request, or the server has an error; its log says more.",
-    503: "The engine has stopped.",
+    503: "The engine has stopped, or the server is shutting down.",
     504: "The request took too long.",
 }
 _READING = (400, 401, 408, 413)  # of every route with a body
