@@ -47,6 +47,9 @@ def test_failed_step_is_a_500_and_the_server_goes_on(server, world):
     assert caught.value.body["code"] == "step_failed" and caught.value.body["type"] == "server_error"
     assert "(RuntimeError)" in caught.value.body["message"] and "mark" not in caught.value.body["message"]
     assert "the layer met its mark" in server.log.read_text()
+    with pytest.raises(openai.InternalServerError) as caught:
+        server.say("b", MARK, stream=True)
+    assert caught.value.status_code == 500 and caught.value.body["code"] == "step_failed"
     # a stream that has begun is told in the stream, as is one of the requests of a chat
     stream = server.say("a", "Tell me", 1000, stream=True)
     begun = [next(stream).choices[0].text for _ in range(4)]
@@ -59,8 +62,8 @@ def test_failed_step_is_a_500_and_the_server_goes_on(server, world):
     assert server.http.get("/health").json() == {"status": "ok"}
     assert [server.say(name, "Tell me").choices[0].text for name in "ab"] == [text(n, "Tell me", 12) for n in "ab"]
     counted = {name: server.metric(name) for name in ("failed_steps_total", "failed_requests_total")}
-    assert counted == {"failed_steps_total": 2, "failed_requests_total": 3}
-    assert server.metric('requests_total{route="/v1/completions",status="500"}') == 1
+    assert counted == {"failed_steps_total": 3, "failed_requests_total": 4}
+    assert server.metric('requests_total{route="/v1/completions",status="500"}') == 2
     assert server.metric("requests_running") == server.metric("requests_waiting") == 0
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import logging
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
@@ -61,10 +60,11 @@ from fused_lora.serving.http.openapi import (
 )
 from fused_lora.serving.http.prompts import PromptReader
 from fused_lora.serving.http.record import RECORD, Record
-from fused_lora.serving.http.streams import merged, unless_gone
+from fused_lora.serving.http.streams import begun, merged, unless_gone
 from fused_lora.serving.residency.naming import check_served_name
 
-_log = logging.getLogger("fused_lora.serve")
+# nginx would keep events back until its buffer is full
+_STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
 @dataclass
@@ -163,8 +163,11 @@ class Service:
         usage = Usage(prompt_tokens=sum(len(job.prompt) for job in jobs[:: request.n or 1]))
         record.prompt_tokens, record.completion_tokens = usage.prompt_tokens, 0
         if request.stream:
-            chunks = self._chunks(answer, jobs, usage, request.stream_options or StreamOptions(), record)
-            return StreamingResponse(chunks, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+            # what fails before the first token has a status, and no client takes a chat's first chunk for a token
+            pieces = await begun(http, self._pieces(jobs, usage, record))
+            opening, options = answer.opening(len(jobs)), request.stream_options or StreamOptions()
+            chunks = self._chunks(answer, opening, pieces, usage, options, record)
+            return StreamingResponse(chunks, media_type="text/event-stream", headers=_STREAM_HEADERS)
         return JSONResponse(await unless_gone(http, self._whole(answer, jobs, usage, record)))
 
     async def _pieces(self, jobs: list[Job], usage: Usage, record: Record) -> AsyncGenerator[tuple[int, Piece], None]:
@@ -188,15 +191,21 @@ class Service:
         return answer.whole(texts, reasons, scored, usage)
 
     async def _chunks(
-        self, answer: Answer, jobs: list[Job], usage: Usage, options: StreamOptions, record: Record
+        self,
+        answer: Answer,
+        opening: list[dict[str, Any]],
+        pieces: AsyncGenerator[tuple[int, Piece], None],
+        usage: Usage,
+        options: StreamOptions,
+        record: Record,
     ) -> AsyncGenerator[str, None]:
         def event(chunk: dict[str, Any]) -> str:
             return _event({**chunk, "usage": usage.json()} if options.continuous_usage_stats else chunk)
 
-        for chunk in answer.opening(len(jobs)):
-            yield event(chunk)
         try:
-            async with contextlib.aclosing(self._pieces(jobs, usage, record)) as pieces:
+            async with contextlib.aclosing(pieces):
+                for chunk in opening:
+                    yield event(chunk)
                 async for index, piece in pieces:
                     if piece.text or piece.reason or piece.scored:
                         yield event(answer.piece(index, piece.text, piece.reason, piece.scored))

@@ -8,13 +8,14 @@ import logging
 import math
 import time
 from collections.abc import AsyncGenerator, Coroutine
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import Request
 
 from fused_lora.serving.http.api import ApiError, too_slow, unexpected
 from fused_lora.serving.http.engine import AsyncEngine, Job, Piece
 
+_T = TypeVar("_T")
 _log = logging.getLogger("fused_lora.serve")
 
 
@@ -49,6 +50,23 @@ async def merged(engine: AsyncEngine, jobs: list[Job]) -> AsyncGenerator[tuple[i
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def begun(http: Request, pieces: AsyncGenerator[_T, None]) -> AsyncGenerator[_T, None]:
+    """``pieces`` once the first has come. What fails before that is raised here; see :func:`unless_gone`."""
+
+    async def begin() -> _T:
+        return await anext(pieces)
+
+    first = await unless_gone(http, begin())
+
+    async def whole() -> AsyncGenerator[_T, None]:
+        async with contextlib.aclosing(pieces):
+            yield first
+            async for piece in pieces:
+                yield piece
+
+    return whole()
 
 
 async def unless_gone(http: Request, work: Coroutine, since: float = 0.0, seconds: float = math.inf) -> Any:
