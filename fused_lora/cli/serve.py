@@ -20,6 +20,8 @@ _log = logging.getLogger("fused_lora.serve")
 _NEEDS = "fused-lora serve needs more packages: pip install fused_lora[serve]"
 _PROBED_FIRST = 100  # adapters that are checked before the server answers
 _PROBE_PAUSE_SECONDS = 0.05
+# clients and proxies keep idle connections for up to 60 s; one that is closed just as they use it fails their request
+KEEP_ALIVE_SECONDS = 75
 KEY_VARIABLE = "FUSED_LORA_API_KEY"
 
 
@@ -113,6 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         log_level="info",
         access_log=False,
         log_config=None,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=math.ceil(options.drain_timeout),
         server_header=False,
     )

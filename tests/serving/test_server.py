@@ -703,6 +703,19 @@ def test_command_line_refuses_nonsense(tmp_path, capsys, monkeypatch):
     assert [_bytes(t) for t in ("10", "1k", "1.5M", "2G")] == [10, 1024, 3 << 19, 2 << 30]
 
 
+def test_idle_connections_outlive_those_of_clients_and_proxies(monkeypatch):
+    import uvicorn
+
+    from fused_lora.cli import main
+
+    seen = []
+    monkeypatch.setattr("fused_lora.cli.serve.build", lambda options: None)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(uvicorn.Server, "run", lambda self: seen.append(self.config.timeout_keep_alive))
+    assert main(["serve", "--model", "m", "--port", "0"]) == 0
+    assert seen[0] > 60  # of nginx and of load balancers; aiohttp keeps them for 15 s
+
+
 def test_error_that_nobody_thought_of_ends_the_stream_with_an_event():
     """A tokenizer that fails on what the model said: the stream says so, where it would just break off."""
     from fused_lora.serving.http.streams import merged
