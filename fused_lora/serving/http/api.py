@@ -151,12 +151,15 @@ def unexpected(error: Exception) -> ApiError:
 
 def malformed(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     """400 for what pydantic found: which field, and what it should have been."""
-    first = errors[0]
+    # a field of several types has an error for each; that a list is too long is the one to tell
+    first = next((error for error in errors if error["type"] == "too_long"), errors[0])
     place = [str(part) for part in first["loc"] if part != "body"]
     if first["type"] == "json_invalid":
         return ApiError(400, f"body: no JSON: {first['ctx']['error']} at character {place[-1]}")
     choice = next((i for i, part in enumerate(place) if i and _CHOICE.fullmatch(part)), None)  # behind the field's name
     where = ".".join(place[:choice])[:200]
+    if first["type"] == "too_long":
+        return ApiError(400, f"{where}: expected at most {first['ctx']['max_length']} items", where)
     if choice:
         return ApiError(400, f"{where}: expected {_EXPECTED[place[choice - 1]]}", where)
     if not where:
