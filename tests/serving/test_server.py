@@ -133,6 +133,15 @@ def test_streams_add_up_to_the_whole(server, alone, name):
     assert text == alone(name, "user: hi\nassistant:", 9)
 
 
+def test_an_event_is_one_line_to_every_client(server):
+    text = "".join(map(chr, range(1, 0x100))) + "\u2028\u2029"
+    body = dict(model="a1", prompt=text, echo=True, max_tokens=0, stream=True)
+    with server.http.stream("POST", "/v1/completions", json=body) as answer:
+        lines = list(answer.iter_lines())  # as str.splitlines
+    assert [line for line in lines if line][1:] == ["data: [DONE]"]
+    assert json.loads(lines[0].removeprefix("data: "))["choices"][0]["text"] == text
+
+
 def test_chunks_have_the_usage_up_to_them_where_it_is_asked_for(server):
     options = dict(include_usage=True, continuous_usage_stats=True, include_obfuscation=False)
     more = dict(messages=[dict(role="user", content="hi")], max_tokens=9, temperature=0, stream=True, n=2)

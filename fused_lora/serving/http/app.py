@@ -63,6 +63,8 @@ from fused_lora.serving.http.record import RECORD, Record
 from fused_lora.serving.http.streams import begun, merged, unless_gone
 from fused_lora.serving.residency.naming import check_served_name
 
+# str.splitlines, and so httpx's iter_lines, ends a line at these, too; json.dumps has escaped the other ones
+_LINE_ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"}
 # nginx would keep events back until its buffer is full
 _STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
@@ -248,7 +250,7 @@ class Service:
 
 
 def _event(data: dict[str, Any]) -> str:
-    return f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n"
+    return f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':')).translate(_LINE_ENDS)}\n\n"
 
 
 def create_app(engine: AsyncEngine, settings: Settings, lifespan: Any = None) -> Any:
