@@ -32,7 +32,7 @@ from fused_lora.adapters.tensorfile import (
     state_of,
 )
 from fused_lora.modules.auxiliary import TOKENS_END
-from fused_lora.modules.config import MAX_RANK, FieldError, LayerTensors, LoraConfig
+from fused_lora.modules.config import HEADS, MAX_RANK, FieldError, LayerTensors, LoraConfig
 from fused_lora.modules.tree import above, bare_module, own_path
 
 CONFIG_NAME = "adapter_config.json"
@@ -171,6 +171,7 @@ def _read_once(
     with open_regular(path, max_bytes, dir_fd, inside) as (file, size):
         state, header = state_of(file.fileno()), read_header(path, file, size)
         entries, config, convert = as_peft(path, header.entries, config, layout, KEY_PREFIX, stacks_of)
+        config = with_heads(config_path, config, entries)
         found = _sort_keys(path, entries, config, allow_partial, all_kinds)
         slots, biases, beside, left_out, copies, embeddings = found
         known = _known(config_path, config, stacks_of, all_kinds)
@@ -206,6 +207,21 @@ def read_config(path: str, dir_fd: int | None = None, inside: str | None = None)
     except FieldError as error:
         found = entries.get(error.field, "no such entry")
         raise AdapterError(path, error.field, error.expected, found) from None
+
+
+def with_heads(path: str, config: LoraConfig, keys: Iterable[str]) -> LoraConfig:
+    """The config, read from ``path``, with the heads of its task in modules_to_save if one of the ``keys`` is of them.
+
+    PEFT's models of a task save their head, and older releases of PEFT do not name it in the config.
+    """
+    heads = tuple(HEADS.get(config.task_type or "", ()))
+    if not any(".lora_" not in key and under.endswith(heads) for key in keys if heads for under in above(key)):
+        return config
+    try:
+        return config.with_heads()
+    except FieldError as error:
+        text = f"{error.expected}, as the file has the head of {config.task_type}"
+        raise AdapterError(path, error.field, text, error.found) from None
 
 
 def _sort_keys(

@@ -24,6 +24,7 @@ from fused_lora.adapters.checkpoint import (
     path_text,
     read_config,
     stacks_in,
+    with_heads,
 )
 from fused_lora.adapters.errors import AdapterError
 from fused_lora.adapters.expert_files import as_peft
@@ -127,6 +128,7 @@ def convert_adapter(
     table = None if config is None else RankTable(config_path, file_path, config)
     with open_regular(file_path, MAX_WEIGHT_BYTES) as (file, size):
         header = read_header(file_path, file, size, EVERY)
+        config = None if config is None else with_heads(config_path, config, header.entries)
         noted = {} if config is not None else _noted(file_path, header.metadata)
         model = None if base is None else open_checkpoint(base)
         weights = {} if model is None else model.tensors

@@ -28,6 +28,12 @@ WITH_PARAMETERS: dict[str, Any] = dict(
 DROPOUT = "lora_dropout_with_target_parameters"  # an entry of adapter_config.json
 BIAS_MODES = ("none", "all", "lora_only")
 TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
+# PEFT's names for the heads of these tasks
+HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
 
 # keys of adapter_config.json that never change the maths of what is supported: kept for rewriting, with these types
 _INERT: dict[str, tuple[type, ...]] = {
@@ -295,6 +301,12 @@ class LoraConfig:
                 "rank_pattern", f"at most {r}, the rank of {name!r}, for its expert {above[0]}", ranks[above[0]]
             )
         return ranks if any(rank != r for rank in ranks) else None
+
+    def with_heads(self) -> LoraConfig:
+        """This config with the heads of its task in modules_to_save, where PEFT puts them."""
+        saved = self.modules_to_save or []
+        heads = [name for name in HEADS.get(self.task_type or "", ()) if name not in saved]
+        return dataclasses.replace(self, modules_to_save=[*saved, *heads]) if heads else self
 
     def to_dict(self) -> dict[str, Any]:
         """The entries of PEFT's adapter_config.json: fields, ``extra`` and peft_type; sets become sorted lists.

@@ -6,7 +6,6 @@ inactive until :func:`set_adapter`. Everything is checked before the model chang
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -41,7 +40,7 @@ from fused_lora.modules.mixin import BASE
 from fused_lora.modules.names import some
 from fused_lora.modules.offload import check_places
 from fused_lora.modules.reads import FirstForward, why_never_called, why_not_called_in_eval
-from fused_lora.modules.targets import HEADS, base_layer_of, is_supported, match_targets, warn_unused
+from fused_lora.modules.targets import base_layer_of, is_supported, match_targets, warn_unused
 from fused_lora.modules.tree import CONFIGS, named_modules, own_path, parent_of, unwrapped, watchers
 
 # what the modules above this one do to a model that has got its first LoRA layers, further ones, or lost all
@@ -126,9 +125,7 @@ def inject(model: nn.Module, config: LoraConfig | Any, adapter_name: str = "defa
     config = as_lora_config(config)
     check_not_wrapped(model)
     asked, config = config.target_modules, with_parameters(model, config)
-    heads = [name for name in HEADS.get(config.task_type or "", ()) if name not in (config.modules_to_save or ())]
-    if heads:
-        config = dataclasses.replace(config, modules_to_save=[*(config.modules_to_save or ()), *heads])
+    config = config.with_heads()
     stacks = match_parameters(model, config, all_names=True)
     if config.lora_dropout and (folded := [path for path, stack in stacks.items() if stack.folds]):
         text = f"expected 0.0 for {some(folded)}, whose modules are called with W + s B A"

@@ -19,7 +19,7 @@ from fused_lora.bases.dense import is_conv1d
 from fused_lora.bases.foreign import has_packed_weight
 from fused_lora.bases.matrices import EMBEDDING
 from fused_lora.modules.auxiliary import Auxiliary
-from fused_lora.modules.config import LoraConfig, matches_end
+from fused_lora.modules.config import HEADS, LoraConfig, matches_end
 from fused_lora.modules.names import some
 from fused_lora.modules.tree import named_modules, places, unwrapped
 
@@ -31,12 +31,6 @@ SUPPORTED = f"{LINEAR}, torch.nn.Embedding"
 OWN = ("LoraLinear", "LoraEmbedding", "LoraExperts")  # what stands in a model in place of an adapted module
 ALL_LINEAR = "all-linear"
 _CLASSIFIER_HEADS = ("score", "classifier")
-# PEFT's names for the heads of these tasks
-HEADS = {
-    "SEQ_CLS": ("classifier", "score"),
-    "TOKEN_CLS": ("classifier", "score"),
-    "QUESTION_ANS": ("qa_outputs",),
-}
 
 
 def is_lora_layer(module: nn.Module) -> bool:

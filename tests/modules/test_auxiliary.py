@@ -1,6 +1,7 @@
 """What trains beside LoRA, next to PEFT: modules_to_save and trainable_token_indices."""
 
 import copy
+import json
 import pickle
 import warnings
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaForSequenceClassification
+from transformers import AutoModelForCausalLM, LlamaForSequenceClassification, LlamaForTokenClassification
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 
 import fused_lora
@@ -390,6 +391,30 @@ def test_the_head_of_a_task_trains_and_is_saved(task, tmp_path):
     assert any(HEADS[task] in name for name in trained(base))
     fused_lora.save_adapter(base, tmp_path)
     assert f"{PREFIX}{HEADS[task]}.weight" in load_file(tmp_path / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("task", ["SEQ_CLS", "TOKEN_CLS"])
+def test_the_head_of_a_task_is_read_where_the_config_does_not_name_it(task, tmp_path):
+    """As older releases of PEFT save them: modules_to_save is null in the config, the head is in the file."""
+    kind = LlamaForSequenceClassification if task == "SEQ_CLS" else LlamaForTokenClassification
+    base = kind(training.llama(num_labels=3).config).eval()
+    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=2, target_modules=["q_proj"], task_type=task))
+    shake(p for p in theirs.parameters() if p.requires_grad)
+    theirs.save_pretrained(tmp_path / "old")
+    config = json.loads((tmp_path / "old/adapter_config.json").read_text())
+    (tmp_path / "old/adapter_config.json").write_text(json.dumps({**config, "modules_to_save": None}))
+    fused_lora.convert_adapter(tmp_path / "old", tmp_path / "new")
+    expected = output(theirs.eval())
+    for folder in ("old", "new"):
+        ours = copy.deepcopy(base)
+        assert {"classifier", "score"} <= {*fused_lora.load_adapter(ours, tmp_path / folder).modules_to_save}
+        assert_close(output(ours), expected, terms=1000)
+    base.save_pretrained(tmp_path / "base")
+    fused_lora.merge_checkpoint(tmp_path / "base", tmp_path / "old", tmp_path / "merged")
+    assert_close(output(kind.from_pretrained(tmp_path / "merged")), expected, terms=1000)
+    (tmp_path / "old/adapter_config.json").write_text(json.dumps({**config, "modules_to_save": None, "bias": "all"}))
+    with pytest.raises(fused_lora.AdapterError, match=f"bias: expected none.*head of {task}"):
+        fused_lora.load_adapter(base, tmp_path / "old")
 
 
 def test_what_trains_and_is_not_saved_is_named(tmp_path):
