@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import sys
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence, Set
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -22,6 +23,8 @@ from fused_lora.adapters.kinds import not_read
 from fused_lora.adapters.patterns import PatternTable
 from fused_lora.adapters.tensorfile import (
     DTYPES,
+    LFS_POINTER,
+    POINTER,
     TensorEntry,
     check_unchanged,
     open_regular,
@@ -33,10 +36,12 @@ from fused_lora.adapters.tensorfile import (
 )
 from fused_lora.modules.auxiliary import TOKENS_END
 from fused_lora.modules.config import HEADS, MAX_RANK, FieldError, LayerTensors, LoraConfig
+from fused_lora.modules.names import some
 from fused_lora.modules.tree import above, bare_module, own_path
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
+PICKLE_NAME = "adapter_model.bin"
 KEY_PREFIX = "base_model.model."
 MAX_CONFIG_BYTES = 1 << 20
 MAX_WEIGHT_BYTES = 16 << 30
@@ -163,11 +168,7 @@ def _read_once(
     stacks_of = stacks_of and functools.partial(_stacks, config_path, stacks_of)
     path = os.path.join(folder, WEIGHTS_NAME)
     if not _exists(path, dir_fd):
-        pickled = _exists(os.path.join(folder, "adapter_model.bin"), dir_fd)
-        found = (
-            "only adapter_model.bin, a pickle, which is not read; convert it with PEFT" if pickled else "no such file"
-        )
-        raise AdapterError(path, None, "a safetensors file", found)
+        raise AdapterError(path, None, "a safetensors file", _instead(folder, dir_fd))
     with open_regular(path, max_bytes, dir_fd, inside) as (file, size):
         state, header = state_of(file.fileno()), read_header(path, file, size)
         entries, config, convert = as_peft(path, header.entries, config, layout, KEY_PREFIX, stacks_of)
@@ -193,6 +194,20 @@ def _read_once(
     return Adapter(config, layers, *others), plan
 
 
+def _instead(folder: str, dir_fd: int | None) -> str:
+    """What is in a folder that has no weights of an adapter by PEFT's name."""
+    names = sorted(os.listdir(folder if dir_fd is None else dir_fd))
+    if PICKLE_NAME in names:
+        with open_regular(os.path.join(folder, PICKLE_NAME), sys.maxsize, dir_fd) as (file, _):
+            if file.read(len(LFS_POINTER)) == LFS_POINTER:
+                return f"only {PICKLE_NAME}, {POINTER}"
+        load = f'torch.load("{PICKLE_NAME}", "cpu", weights_only=True)'
+        convert = f'safetensors.torch.save_file({load}, "{WEIGHTS_NAME}")'
+        return f"only {PICKLE_NAME}, a pickle, which is not read; convert it, in its folder: {convert}"
+    others = [name for name in names if name.endswith((".safetensors", ".npz", ".gguf"))]
+    return f"no such file; the folder has {some(others)}" if others else "no such file, nor other weights"
+
+
 def read_config(path: str, dir_fd: int | None = None, inside: str | None = None) -> tuple[LoraConfig, str | None]:
     """The config, and how it says that lora_B of stacked experts is packed."""
     with open_regular(path, MAX_CONFIG_BYTES, dir_fd, inside) as (file, size):
@@ -206,6 +221,9 @@ def read_config(path: str, dir_fd: int | None = None, inside: str | None = None)
         return LoraConfig.from_dict(entries), layout
     except FieldError as error:
         found = entries.get(error.field, "no such entry")
+        if error.field == "peft_type" and "peft_type" not in entries:
+            mlx = ", an adapter of MLX, which mlx_lm.fuse merges into its model" * ("lora_parameters" in entries)
+            found = f"no such entry: no config of PEFT{mlx}; it has {some(sorted(entries))}"
         raise AdapterError(path, error.field, error.expected, found) from None
 
 

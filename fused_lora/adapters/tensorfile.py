@@ -51,6 +51,9 @@ METADATA = "__metadata__"
 _DIGEST = "fused_lora.sha256"
 _BASE = "fused_lora.quantised_base"
 _BLANK = "0" * 64
+_SHOWN = 48  # bytes of a file that is something else
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+POINTER = "a pointer of Git LFS to the file; `git lfs pull` in the clone fetches what it points to"
 
 
 @dataclass(frozen=True)
@@ -149,6 +152,8 @@ def read_exactly(path: str, file: io.FileIO, buffer: Any) -> None:
 
 def parse_json(path: str, raw: bytes) -> dict[str, Any]:
     """A JSON object without duplicate keys, NaN, Infinity or half a surrogate pair."""
+    if raw.startswith(LFS_POINTER):
+        raise AdapterError(path, None, "a JSON object", POINTER)
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         entries: dict[str, Any] = {}
@@ -178,19 +183,31 @@ def parse_json(path: str, raw: bytes) -> dict[str, Any]:
     return parsed
 
 
+def _other_kind(start: bytes) -> str | None:
+    """What a file that begins so is, in words; None where it may be a damaged safetensors file."""
+    if not start:
+        return "an empty file (an incomplete download or copy?)"
+    if start.startswith(LFS_POINTER):
+        return POINTER
+    if start.startswith((b"PK", b"\x80")):  # torch.save's zip archive, and pickle before it
+        return "a pickle, which is not read; save it with safetensors"
+    if all(32 <= byte < 127 or byte in b"\r\n\t" for byte in start):
+        return f"a text, of which the beginning is {start.decode()!r} (a page in place of a download?)"
+    return None
+
+
 def read_header(path: str, file: io.FileIO, size: int, dtypes: Mapping[str, torch.dtype] = KNOWN) -> Header:
     """Read and check the header of a safetensors file of ``size`` bytes: every byte of the data belongs to exactly
     one tensor whose dtype, one of ``dtypes``, and shape account for it. With ``EVERY`` tensors may be empty."""
-    if size < 8:
-        raise AdapterError(path, "header length", "8 bytes", f"a file of {size} bytes")
-    prefix = bytearray(8)
+    prefix = bytearray(min(size, 8))
     read_exactly(path, file, prefix)
-    (length,) = struct.unpack("<Q", prefix)
-    if length > min(MAX_HEADER_BYTES, size - 8):
-        if prefix.startswith((b"PK", b"\x80")):  # torch.save's zip archive, and pickle before it
-            raise AdapterError(
-                path, None, "a safetensors file", "a pickle, which is not read; save it with safetensors"
-            )
+    (length,) = struct.unpack("<Q", prefix.ljust(8))
+    if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
+        start = bytearray(min(size, _SHOWN))
+        file.seek(0)
+        read_exactly(path, file, start)
+        if (found := _other_kind(bytes(start))) is not None:
+            raise AdapterError(path, None, "a safetensors file", found)
         limit = f"at most {min(MAX_HEADER_BYTES, size - 8)} bytes in a file of {size} bytes"
         raise AdapterError(path, "header length", limit, f"{length} bytes")
     raw = bytearray(length)
@@ -206,7 +223,8 @@ def read_header(path: str, file: io.FileIO, size: int, dtypes: Mapping[str, torc
             raise AdapterError(path, name, f"data_offsets that begin at {position}", entry.begin)
         position = entry.end
     if position != size - 8 - length:
-        raise AdapterError(path, "data", f"{position} bytes of tensors", f"{size - 8 - length} bytes")
+        cut = " (an incomplete download or copy?)" * (position > size - 8 - length)
+        raise AdapterError(path, "data", f"{position} bytes of tensors", f"{size - 8 - length} bytes{cut}")
     return Header(entries, bytes(prefix + raw), digest, base, metadata)
 
 

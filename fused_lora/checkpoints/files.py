@@ -18,6 +18,8 @@ from fused_lora.adapters.checkpoint import CONFIG_NAME, WEIGHTS_NAME, path_text
 from fused_lora.adapters.errors import AdapterError
 from fused_lora.adapters.tensorfile import (
     EVERY,
+    LFS_POINTER,
+    POINTER,
     Header,
     TensorEntry,
     check_unchanged,
@@ -175,8 +177,11 @@ def read_json(path: str) -> dict[str, Any]:
 
 def _read_config(path: str) -> dict[str, Any]:
     """A model's config, in which some models have Infinity."""
+    raw = read_text(path)
+    if raw.startswith(LFS_POINTER):
+        raise AdapterError(path, None, "a JSON object", POINTER)
     try:
-        config = json.loads(read_text(path))
+        config = json.loads(raw)
     except (ValueError, RecursionError) as error:
         raise AdapterError(path, None, "valid JSON in UTF-8", f"{type(error).__name__}: {error}") from None
     if not isinstance(config, dict):

@@ -523,6 +523,48 @@ def test_pickles_are_not_opened(tmp_path):
     assert not (tmp_path / "pwned").exists()
 
 
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+INSTEAD = {
+    "a pointer of Git LFS": (LFS_POINTER, "found a pointer of Git LFS to the file; `git lfs pull`"),
+    "an empty file": (b"", "found an empty file .an incomplete download"),
+    "a short text": (b"Not f", "found a text, of which the beginning is 'Not f'"),
+    "a page": (b"<!DOCTYPE html><html><body>Not found</body></html>", "the beginning is '<!DOCTYPE html>"),
+    "half a file": (GOOD[:-40], "expected [0-9]+ bytes of tensors, found [0-9]+ bytes .an incomplete download"),
+}
+
+
+@pytest.mark.parametrize("case", INSTEAD)
+def test_what_lies_in_place_of_the_weights_is_said(tmp_path, case):
+    content, said = INSTEAD[case]
+    refused(write(tmp_path / "a", weights=content), match=said)
+
+
+def test_what_lies_in_place_of_the_config_is_said(tmp_path):
+    refused(write(tmp_path / "a", raw_config=LFS_POINTER), match="adapter_config.json: .*`git lfs pull`")
+    mlx = {"fine_tune_type": "lora", "lora_parameters": {"rank": 8, "scale": 20.0}, "model": "some/model"}
+    refused(write(tmp_path / "b", raw_config=json.dumps(mlx).encode()), match="no config of PEFT, an adapter of MLX")
+    other = {"base_model": "some/model"}
+    refused(
+        write(tmp_path / "c", raw_config=json.dumps(other).encode()), match="no config of PEFT; it has 'base_model'"
+    )
+
+
+@pytest.mark.parametrize(
+    "name, said",
+    [
+        ("adapter_model.bin", "a pickle, which is not read; convert it, in its folder: safetensors.torch.save_file"),
+        ("adapters.safetensors", "no such file; the folder has 'adapters.safetensors'"),
+        ("README.md", "no such file, nor other weights"),
+    ],
+)
+def test_what_lies_beside_the_config_is_said(tmp_path, name, said):
+    folder = write(tmp_path / "a")
+    (folder / "adapter_model.safetensors").rename(folder / name)
+    refused(folder, match=said)
+    (folder / name).write_bytes(LFS_POINTER)
+    refused(folder, match="`git lfs pull`" if name.endswith(".bin") else said)
+
+
 def test_too_large(tmp_path):
     folder = write(tmp_path / "a")
     with pytest.raises(AdapterError, match="at most 100 bytes"):
