@@ -36,7 +36,7 @@ from fused_lora.adapters.tensorfile import (
 )
 from fused_lora.modules.auxiliary import TOKENS_END
 from fused_lora.modules.config import HEADS, MAX_RANK, FieldError, LayerTensors, LoraConfig
-from fused_lora.modules.names import some
+from fused_lora.modules.names import renamed, some
 from fused_lora.modules.tree import above, bare_module, own_path
 
 CONFIG_NAME = "adapter_config.json"
@@ -128,6 +128,7 @@ def read_checked(
     allow_partial: bool = False,
     all_kinds: bool = False,
     stacks: Stacks | None = None,
+    modules: Container[str] = (),
 ) -> tuple[Adapter, Plan]:
     """``read_adapter`` with a check of the headers before any tensor is read; without ``tensors`` that is all.
 
@@ -135,13 +136,16 @@ def read_checked(
     links are followed. ``allow_partial`` leaves out keys that are not read, copies too, instead of refusing the file.
     ``all_kinds``: the file may have LoRA on embeddings and on parameters (``target_parameters``), too, and hold the
     weights of layers that it has LoRA for, as PEFT writes them for an output layer; whoever asks for these compares
-    them with the model's. ``stacks``: which parameters of the model ``target_parameters`` are.
+    them with the model's. ``stacks``: which parameters of the model ``target_parameters`` are. ``modules``: the paths
+    of the model, by which layers are called whose names have another beginning in other releases of transformers.
     """
     folder, tries = path_text("directory", directory), 5
     while True:
         with _folder(folder) as dir_fd:
             try:
-                return _read_once(folder, dir_fd, max_bytes, check, inside, tensors, allow_partial, all_kinds, stacks)
+                return _read_once(
+                    folder, dir_fd, max_bytes, check, inside, tensors, allow_partial, all_kinds, stacks, modules
+                )
             except AdapterError:
                 tries -= 1
                 # a save that replaced the folder meanwhile has deleted the one that is being read
@@ -159,6 +163,7 @@ def _read_once(
     allow_partial: bool,
     all_kinds: bool,
     stacks_of: Stacks | None,
+    modules: Container[str],
 ) -> tuple[Adapter, Plan]:
     config_path = os.path.join(folder, CONFIG_NAME)
     if not _exists(config_path, dir_fd):
@@ -179,6 +184,10 @@ def _read_once(
         slots = {known[name].path if name in known else name: keys for name, keys in slots.items()}
         experts = {stack.path: stack.experts for stack in known.values() if stack.path in slots}
         stacks = {} if stacks_of is not None else stacks_in(path, slots, config)
+        if names := renamed([name for name in slots if name not in experts], modules):
+            _check_patterns(config_path, config, names)
+            slots, copies = ({names.get(name, name): k for name, k in held.items()} for held in (slots, copies))
+            embeddings = {names.get(name, name) for name in embeddings}
         ranks = _ranks(folder, path, entries, slots, config, experts, stacks)
         others = beside, left_out, header.base, copies, embeddings, experts, stacks
         plan = check(Plan(config, path, entries, slots, biases, ranks, *others))
@@ -320,6 +329,16 @@ def _is_beside(name: str, config: LoraConfig) -> bool:
         return config.trainable_token_indices is not None
     ends = tuple(config.modules_to_save or ())
     return any(path.endswith(ends) for path in above(name))
+
+
+def _check_patterns(config_path: str, config: LoraConfig, names: Mapping[str, str]) -> None:
+    """AdapterError if the config gives a layer another rank or alpha under its name in the model."""
+    for field, default in (("rank_pattern", config.r), ("alpha_pattern", config.lora_alpha)):
+        table = PatternTable(getattr(config, field), default)
+        for old, new in names.items():
+            if table.possible(old) != table.possible(new):
+                text = f"keys that match {new!r}, the model's name of {old!r}, as they match that"
+                raise AdapterError(config_path, field, text, list(getattr(config, field)))
 
 
 def _stacks(config_path: str, stacks_of: Stacks, config: LoraConfig | None) -> Mapping[str, Stacked]:

@@ -121,7 +121,7 @@ def of_model(model: nn.Module) -> dict[str, Any]:
         names = {path: path for path in found} if config is None else file_paths(found)
         return {name: _stacked(found[path]) for path, name in names.items()}
 
-    return dict(all_kinds=True, stacks=stacks)
+    return dict(all_kinds=True, stacks=stacks, modules={path for path, _ in candidates(model)})
 
 
 def _stacked(stack: Stack) -> Stacked:

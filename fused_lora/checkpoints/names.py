@@ -10,19 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from fused_lora.modules.names import likely_rename, some
+from fused_lora.modules.names import TEXT_INSIDE, likely_rename, other_beginnings, some
 from fused_lora.modules.tree import own_path
 
-# beginnings of one model's names in different releases of transformers and on disk; each goes both ways
-_BEGINNINGS = (
-    ("model.language_model.", "language_model.model."),  # LLaVA and its kin, before and after transformers 4.52
-    ("model.language_model.", "language_model."),
-    ("model.language_model.", "model."),  # Qwen2-VL and its kin; text models inside others
-    ("model.vision_tower.", "vision_tower."),
-    ("model.visual.", "visual."),
-    ("model.multi_modal_projector.", "multi_modal_projector."),
-    ("lm_head", "language_model.lm_head"),
-    ("lm_head", "embed_out"),  # GPT-NeoX
+# further beginnings, of one part of a model or of another around it
+_AROUND = (
+    TEXT_INSIDE,
     ("vision_model.", ""),  # CLIP and SigLIP
     ("text_model.", ""),
     ("model.", ""),  # a bare backbone
@@ -121,7 +114,7 @@ class Names:
             return other if f"{other}{end}" in self._stored else None
         if f"{path}{end}" in self._stored:
             return path
-        found = {other for other in _other_beginnings(path) if f"{other}{end}" in self._stored}
+        found = {other for other in other_beginnings(path, _AROUND) if f"{other}{end}" in self._stored}
         if len(found) > 1:
             raise ValueError(f"{path!r} may be {some(sorted(found))}: say which with rename")
         return found.pop() if found else None
@@ -214,12 +207,3 @@ def is_transposed(path: str, model: Mapping[str, Any] | None, otherwise: bool) -
 
 def _join(parent: str, last: str) -> str:
     return f"{parent}.{last}" if parent else last
-
-
-def _other_beginnings(path: str) -> set[str]:
-    found = set()
-    for a, b in _BEGINNINGS:
-        for old, new in ((a, b), (b, a)):
-            if path.startswith(old):
-                found.add(new + path.removeprefix(old))
-    return found - {path}

@@ -1,16 +1,62 @@
-"""Names in messages: a few of many, those near a wrong one, and what was probably renamed."""
+"""Names of modules: as other releases of transformers have them, and in messages.
+
+In messages: a few of many, those near a wrong one, and what was probably renamed.
+"""
 
 from __future__ import annotations
 
 import re
 from bisect import bisect
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from itertools import islice
 
+# beginnings of one model's names in different releases of transformers and on disk; each goes both ways
+_BEGINNINGS = (
+    ("model.language_model.", "language_model.model."),  # LLaVA and its kin, before and after transformers 4.52
+    ("model.language_model.", "language_model."),
+    ("model.vision_tower.", "vision_tower."),
+    ("model.vision_tower.", "vision_tower.vision_model."),  # CLIP and SigLIP inside others, before transformers 5
+    ("model.vision_tower.", "model.vision_tower.vision_model."),
+    ("vision_tower.", "vision_tower.vision_model."),
+    ("model.visual.", "visual."),
+    ("model.multi_modal_projector.", "multi_modal_projector."),
+    ("lm_head", "language_model.lm_head"),
+    ("lm_head", "embed_out"),  # GPT-NeoX
+    ("model.", "backbone."),  # Nemotron-H
+)
+# Qwen2-VL and its kin, whose old names are those of a text model
+TEXT_INSIDE = ("model.language_model.", "model.")
 _SHOWN = 8
 # names of a file may be many, and of any length and depth
 _LONGEST, _DEEPEST, _COMPARED = 120, 32, 10_000
+
+
+def other_beginnings(path: str, more: Iterable[tuple[str, str]] = ()) -> set[str]:
+    """What ``path`` may be called elsewhere; ``more``: further pairs of beginnings, which go both ways."""
+    found = set()
+    for a, b in (*_BEGINNINGS, *more):
+        for old, new in ((a, b), (b, a)):
+            if path.startswith(old):
+                found.add(new + path.removeprefix(old))
+    return found - {path}
+
+
+def renamed(paths: Iterable[str], known: Container[str]) -> dict[str, str]:
+    """{path: its name in ``known``} of paths that other releases of transformers have under another beginning.
+
+    Empty unless each path has one name there, and no two the same. What is for the text part of a model is not for a
+    text model, so that name goes one way.
+    """
+    names: dict[str, str] = {}
+    inside, alone = TEXT_INSIDE
+    for path in paths:
+        others = other_beginnings(path) | {inside + path.removeprefix(alone) if path.startswith(alone) else path}
+        found = {path} if path in known else {other for other in others if other in known}
+        if len(found) != 1:
+            return {}
+        names[path] = found.pop()
+    return {old: new for old, new in names.items() if old != new} if len({*names.values()}) == len(names) else {}
 
 
 def some(names: Iterable[str], near: str | None = None) -> str:
