@@ -284,7 +284,9 @@ def _check_names(
     for name, key in both.items():
         expected, found = list(wanted[name].shape), list(plan.entries[key].shape)
         if found != expected:
-            raise AdapterError(plan.weights, key, f"a shape {expected}", found)
+            fewer = found[1:] == expected[1:]
+            hint = " (another vocabulary, or number of labels? resize_token_embeddings, or num_labels)" * fewer
+            raise AdapterError(plan.weights, key, f"a shape {expected}", f"{found}{hint}")
         own, dtype = wanted[name].dtype, plan.entries[key].dtype
         if own != dtype and not (own.is_floating_point and dtype.is_floating_point):
             raise AdapterError(plan.weights, key, f"dtype {own}", str(dtype))

@@ -335,7 +335,8 @@ def _entry(path: str, name: str, value: Any, dtypes: Mapping[str, torch.dtype]) 
     if not (isinstance(dtype, str) and dtype in dtypes):
         raise AdapterError(path, name, f"dtype {', '.join(dtypes)}", dtype)
     if not (_integers(shape) and len(shape) <= MAX_DIMENSIONS and min(shape, default=1) >= (dtypes is not EVERY)):
-        raise AdapterError(path, name, f"at most {MAX_DIMENSIONS} positive sizes as shape", shape)
+        empty = " (saved by one of several processes that share the weights?)" * (_integers(shape) and 0 in shape)
+        raise AdapterError(path, name, f"at most {MAX_DIMENSIONS} positive sizes as shape", f"{shape}{empty}")
     if not (_integers(offsets) and len(offsets) == 2 and 0 <= offsets[0] <= offsets[1]):
         raise AdapterError(path, name, "two ascending data_offsets", offsets)
     if math.prod(shape) * dtypes[dtype].itemsize != offsets[1] - offsets[0]:

@@ -26,6 +26,7 @@ WITH_PARAMETERS: dict[str, Any] = dict(
     fan_in_fan_out=False, lora_bias=False, use_dora=False, bias="none", alora_invocation_tokens=None
 )
 DROPOUT = "lora_dropout_with_target_parameters"  # an entry of adapter_config.json
+_FLAGS = ("fan_in_fan_out", "use_rslora", "lora_bias", "use_dora", "inference_mode")
 BIAS_MODES = ("none", "all", "lora_only")
 TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 # PEFT's names for the heads of these tasks
@@ -180,7 +181,7 @@ class LoraConfig:
 
     def validate(self) -> None:
         """Check every field. The constructor calls it; call it again after you change a field."""
-        for name in ("fan_in_fan_out", "use_rslora", "lora_bias", "use_dora", "inference_mode"):
+        for name in _FLAGS:
             check_bool(name, getattr(self, name))
         for name in ("base_model_name_or_path", "revision", "task_type"):
             if not isinstance(getattr(self, name), (str, type(None))):
@@ -275,7 +276,8 @@ class LoraConfig:
             if key in _INERT and isinstance(value, _INERT[key]) and not isinstance(value, bool):
                 continue
             if not is_neutral(value):
-                raise FieldValueError(key, "null, false or empty: it is not supported by fused_lora", value)
+                text = "null, false or empty: it is not supported by fused_lora; remove it if it is a trainer's note"
+                raise FieldValueError(key, text, value)
 
     def layer_rank_alpha(self, name: str) -> tuple[int, float]:
         """(r, lora_alpha) of the module at path ``name``, by PEFT's rule.
@@ -337,6 +339,9 @@ class LoraConfig:
             if key not in entries:
                 raise FieldValueError(key, "an entry of adapter_config.json", None)
         known = {key: copy.deepcopy(value) for key, value in entries.items() if key in _FIELDS}
+        for key in (*_FLAGS, "init_lora_weights"):  # null in a file means no to PEFT
+            if key in known and known[key] is None:
+                known[key] = False
         other = {key: copy.deepcopy(value) for key, value in entries.items() if key not in {*_FIELDS, "peft_type"}}
         if not is_neutral(dropout := other.pop(DROPOUT, None)):
             known["lora_dropout"] = dropout

@@ -133,3 +133,26 @@ def test_a_layer_that_is_left_out_takes_its_copy_with_it(world, tmp_path):
     store = fused_lora.AdapterStore(serving.load_model(tiny))
     with pytest.warns(UserWarning, match=r"3 of \d+ tensors are left out: .*other_head"):
         store.load("a", str(folder), allow_partial=True)
+
+
+def test_embeddings_of_a_resized_vocabulary_are_the_adapters_own_once_they_are_named(world, tmp_path):
+    """PEFT writes them over the base's (save_embedding_layers). The error tells how to read them here."""
+    tiny, size = world[0], 70
+    model = serving.load_model(tiny)
+    model.resize_token_embeddings(size, mean_resizing=False)
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
+    theirs = peft.get_peft_model(model, config).eval()
+    theirs.save_pretrained(tmp_path, save_embedding_layers=True)
+    base = serving.load_model(tiny)
+    with pytest.raises(AdapterError, match="Add its module to modules_to_save"):
+        load_adapter(base, tmp_path)
+    entries = json.loads((tmp_path / "adapter_config.json").read_text())
+    entries["modules_to_save"] = ["embed_tokens", "lm_head"]
+    (tmp_path / "adapter_config.json").write_text(json.dumps(entries))
+    with pytest.raises(AdapterError, match=r"found \[70, \d+\] .another vocabulary"):
+        load_adapter(base, tmp_path)
+    base.resize_token_embeddings(size, mean_resizing=False)
+    with torch.no_grad():
+        ids = torch.arange(size - 9, size)[None]
+        load_adapter(base, tmp_path)
+        assert_close(base(ids).logits, theirs(ids).logits, 1000)

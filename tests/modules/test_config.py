@@ -79,6 +79,12 @@ def test_other_initialisations_are_refused(tmp_path, init):
         LoraConfig.from_dict({**peft_file(tmp_path), "init_lora_weights": init})
 
 
+def test_null_means_no(tmp_path):
+    flags = ("use_dora", "use_rslora", "fan_in_fan_out", "lora_bias", "inference_mode", "init_lora_weights")
+    config = LoraConfig.from_dict({**peft_file(tmp_path), **dict.fromkeys(flags)})
+    assert [getattr(config, flag) for flag in flags] == [False] * len(flags)
+
+
 def test_unknown_entries_need_neutral_values(tmp_path):
     entries = peft_file(tmp_path)
     assert LoraConfig.from_dict({**entries, "use_superlora": False}).to_dict()["use_superlora"] is False
