@@ -186,7 +186,8 @@ def _read_once(
         stacks = {} if stacks_of is not None else stacks_in(path, slots, config)
         if names := renamed([name for name in slots if name not in experts], modules):
             _check_patterns(config_path, config, names)
-            slots, copies = ({names.get(name, name): k for name, k in held.items()} for held in (slots, copies))
+            slots = {names.get(name, name): keys for name, keys in slots.items()}
+            copies = {names.get(name, name): key for name, key in copies.items()}
             embeddings = {names.get(name, name) for name in embeddings}
         ranks = _ranks(folder, path, entries, slots, config, experts, stacks)
         others = beside, left_out, header.base, copies, embeddings, experts, stacks
