@@ -16,8 +16,6 @@ from fused_lora.modules.tree import own_path
 # further beginnings, of one part of a model or of another around it
 _AROUND = (
     TEXT_INSIDE,
-    ("vision_model.", ""),  # CLIP and SigLIP
-    ("text_model.", ""),
     ("model.", ""),  # a bare backbone
     ("transformer.", ""),
     ("bert.", ""),

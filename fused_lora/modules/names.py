@@ -19,11 +19,16 @@ _BEGINNINGS = (
     ("model.vision_tower.", "vision_tower.vision_model."),  # CLIP and SigLIP inside others, before transformers 5
     ("model.vision_tower.", "model.vision_tower.vision_model."),
     ("vision_tower.", "vision_tower.vision_model."),
-    ("model.visual.", "visual."),
+    *(
+        (f"model.{part}.", f"{part}.")
+        for part in ("visual", "vision_model", "audio_tower", "image_tower", "video_tower")
+    ),
     ("model.multi_modal_projector.", "multi_modal_projector."),
     ("lm_head", "language_model.lm_head"),
     ("lm_head", "embed_out"),  # GPT-NeoX
     ("model.", "backbone."),  # Nemotron-H
+    ("vision_model.", ""),  # CLIP and SigLIP
+    ("text_model.", ""),
 )
 # Qwen2-VL and its kin, whose old names are those of a text model
 TEXT_INSIDE = ("model.language_model.", "model.")
