@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import re
 import sys
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence, Set
 from types import MappingProxyType
@@ -54,6 +55,7 @@ SLOTS = {  # end of a key -> field of LayerTensors
 }
 EMBEDDING_SLOTS = {".lora_embedding_A": "lora_A", ".lora_embedding_B": "lora_B"}
 _MAX_PATTERN_CHECKS = 2_000_000
+_LISTED = 1000  # entries of a folder that are looked at for a message
 
 
 class Adapter(NamedTuple):
@@ -167,7 +169,11 @@ def _read_once(
 ) -> tuple[Adapter, Plan]:
     config_path = os.path.join(folder, CONFIG_NAME)
     if not _exists(config_path, dir_fd):
-        found = "a model's folder, with config.json" if _exists(os.path.join(folder, "config.json"), dir_fd) else "none"
+        found = "none"
+        if _exists(os.path.join(folder, "config.json"), dir_fd):
+            found = "a model's folder, with config.json"
+        elif inner := _inner_adapters(folder):
+            found = f"none; it has adapters in {some(inner)}"
         raise AdapterError(folder, None, f"an adapter's folder, with {CONFIG_NAME}", found)
     config, layout = read_config(config_path, dir_fd, inside)
     stacks_of = stacks_of and functools.partial(_stacks, config_path, stacks_of)
@@ -202,6 +208,12 @@ def _read_once(
     }
     others = ({name: tensors[key] for name, key in keys.items()} for keys in (plan.biases, plan.beside, plan.copies))
     return Adapter(config, layers, *others), plan
+
+
+def _inner_adapters(folder: str) -> list[str]:
+    """The folders in ``folder`` that have an adapter's config, as PEFT writes those of adapters with names."""
+    names = sorted(os.listdir(folder))[:_LISTED]
+    return [name for name in names if os.path.isfile(os.path.join(folder, name, CONFIG_NAME))]
 
 
 def _instead(folder: str, dir_fd: int | None) -> str:
@@ -465,7 +477,9 @@ def _folder(folder: str) -> Iterator[int | None]:
     """Descriptor of ``folder``, so that both files come from one directory; None where directories cannot be opened."""
     try:
         if not os.path.isdir(folder):
-            raise AdapterError(folder, None, "a local folder with adapter_config.json", "no such folder")
+            hub = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", folder) and not os.path.exists(folder)
+            hint = f"; of a hub, pass what huggingface_hub.snapshot_download({folder!r}) returns" if hub else ""
+            raise AdapterError(folder, None, "a local folder with adapter_config.json", f"no such folder{hint}")
         fd = os.open(folder, os.O_RDONLY) if os.open in os.supports_dir_fd else None
     except (OSError, ValueError) as error:
         if isinstance(error, AdapterError):

@@ -572,6 +572,11 @@ def test_too_large(tmp_path):
 
 
 def test_folders(tmp_path):
+    refused("some-user/some-adapter", match=r"no such folder; .*snapshot_download\('some-user/some-adapter'\)")
+    (tmp_path / "all").mkdir()
+    write(tmp_path / "all" / "poet")
+    write(tmp_path / "all" / "sql")
+    refused(tmp_path / "all", match="found none; it has adapters in 'poet', 'sql'")
     refused(tmp_path / "nowhere", match="no such folder")
     (tmp_path / "file").write_bytes(GOOD)
     refused(tmp_path / "file", match="no such folder")

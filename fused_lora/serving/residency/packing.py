@@ -24,6 +24,7 @@ from fused_lora.ops.checks import FLOAT_DTYPES
 
 _ALIGNMENT = 64
 Signature = tuple[tuple[int, ...], ...]  # device, inode, size and times of each file
+_ALONE = "adapters that are served beside others bring A and B only. Merge this one, or use load_adapter"
 
 
 class Site(NamedTuple):
@@ -156,7 +157,7 @@ def _check_served(folder: str, plan: Plan) -> None:
     if plan.config.bias != "none" or plan.config.lora_bias or plan.config.use_dora:
         more = {name: getattr(plan.config, name) for name in ("bias", "lora_bias", "use_dora")}
         said = ", ".join(f"{name}={value!r}" for name, value in more.items())
-        raise ValueError(f"source: {folder!r} has {said}; adapters that are served beside others bring A and B only")
+        raise ValueError(f"source: {folder!r} has {said}; {_ALONE}")
     if plan.config.alora_invocation_tokens and plan.embeddings:
         raise ValueError(
             f"source: {folder!r} has alora_invocation_tokens and adapts the embedding {min(plan.embeddings)!r}"
@@ -164,7 +165,7 @@ def _check_served(folder: str, plan: Plan) -> None:
     if plan.beside:
         raise ValueError(
             f"source: {folder!r} has modules_to_save or trainable_token_indices, {next(iter(plan.beside))!r} for one; "
-            "adapters that are served beside others bring A and B only"
+            + _ALONE
         )
 
 
