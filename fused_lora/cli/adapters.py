@@ -11,6 +11,8 @@ from typing import Any
 from fused_lora.cli.merge import DTYPES, common, renaming, run, torch_dtype, weighted
 from fused_lora.diagnostics.tables import table
 
+_BRIEF = 300  # letters of one entry
+
 _SHOWN = 40  # rows of a table; --json has all
 
 
@@ -190,11 +192,11 @@ def _tell_diff(report: Any) -> None:
     _more(report.layers)
     for name, only in (("a", report.only_a), ("b", report.only_b)):
         if only:
-            print(f"only in {name}: {', '.join(only)}")
+            print(f"only in {name}: {_brief(', '.join(only))}")
     for name, (a, b) in report.config.items():
-        print(f"{name}: {a!r} / {b!r}")
+        print(f"{name}: {_brief(repr(a))} / {_brief(repr(b))}")
     if report.beside:
-        print(f"beside LoRA, not the same in both: {', '.join(report.beside)}")
+        print(f"beside LoRA, not the same in both: {_brief(', '.join(report.beside))}")
     print("they add the same" if report.same else "they do not add the same")
 
 
@@ -207,6 +209,10 @@ def _tell_new(report: Any) -> None:
     if report.left_out:
         print(f"not in the adapter: {', '.join(report.left_out)}")
     print(f"wrote {report.out}: {len(report.layers)} layers")
+
+
+def _brief(text: str) -> str:
+    return text if len(text) <= _BRIEF else f"{text[:_BRIEF]}... (--json has all)"
 
 
 def _more(layers: Sequence[Any]) -> None:

@@ -277,6 +277,11 @@ def test_diff_judges_what_is_added(tmp_path, capsys):
     assert main(["diff", str(a), str(tmp_path / "b")]) == 0
     said = capsys.readouterr().out
     assert "base_model_name_or_path: None / 'other'" in said and "they add the same" in said
+    names = ["q_proj", "v_proj", *(f"model.layers.{i}.self_attn.k_proj" for i in range(100))]
+    change(tmp_path / "b" / "adapter_config.json", target_modules=names)
+    assert main(["diff", str(a), str(tmp_path / "b")]) == 0
+    said = capsys.readouterr().out
+    assert "--json has all" in said and max(map(len, said.splitlines())) < 400
     key = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
     for name, value, rows in (("c", 0.0, [3]), ("d", 1.0, [3]), ("e", 0.0, [5])):
         held = write_adapter(tmp_path / name, SHAPES)
