@@ -12,7 +12,6 @@ from fused_lora.cli.merge import DTYPES, common, renaming, run, torch_dtype, wei
 from fused_lora.diagnostics.tables import table
 
 _BRIEF = 300  # letters of one entry
-
 _SHOWN = 40  # rows of a table; --json has all
 
 

@@ -441,9 +441,8 @@ def check_init(value: Any) -> None:
     if not (isinstance(value, bool) or (isinstance(value, str) and value in ("gaussian", "orthogonal", "eva"))):
         raise FieldValueError(
             "init_lora_weights",
-            "True, False, 'gaussian', 'orthogonal' or 'eva' (files only). Other initialisations of PEFT are not "
-            "supported: most rewrite the base weights. PEFT's save_pretrained with "
-            "path_initial_model_for_weight_conversion writes a plain adapter. To load the rewritten base instead "
-            "(LoftQ: the quantised one), save it, too, and set the entry to true in adapter_config.json",
+            "True, False, 'gaussian', 'orthogonal' or 'eva' (files only): most others rewrite the base weights. PEFT's "
+            "save_pretrained with path_initial_model_for_weight_conversion writes a plain adapter. Or save the "
+            "rewritten base, too (LoftQ: the quantised one), and set the entry to true in adapter_config.json",
             value,
         )

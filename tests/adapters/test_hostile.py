@@ -243,6 +243,11 @@ CONFIG_CASES = {
 }
 
 
+def test_what_to_do_about_an_initialisation_is_said_whole(tmp_path):
+    folder = write(tmp_path / "a", CONFIG_CASES["pissa"])
+    refused(folder, match="set the entry to true in adapter_config.json, found pissa")
+
+
 @hostile
 @pytest.mark.parametrize("case", CONFIG_CASES)
 @alone
