@@ -30,6 +30,7 @@ from fused_lora.integrations.peft_linear import (
     AROUND,
     CALLS,
     FUSED,
+    AcceleratedLinear,
     accelerated,
     stock_classes,
     why_around,
@@ -40,6 +41,7 @@ from fused_lora.modules.fusable import why_not_here
 from fused_lora.modules.inject import check_module
 from fused_lora.modules.layer import LoraLayer
 from fused_lora.modules.names import some
+from fused_lora.modules.patches import why_replaced_in_torch
 from fused_lora.modules.reads import FirstForward, look_again, why_never_called, why_not_called_in_eval, why_read
 from fused_lora.modules.tree import named_modules
 
@@ -446,6 +448,8 @@ def _of_ours(layer: Any) -> tuple[str | None, str | None]:
 
 def _why_not_called(layer: nn.Module) -> str | None:
     """Why a call may not come to the layer's class. Hooks of accelerate and diffusers call it."""
+    if "forward" in vars(type(layer)) and isinstance(layer, AcceleratedLinear):
+        return "the class of the layer has its forward replaced"  # of ours: the layers' classes have none of their own
     hooked = vars(layer).keys() & {"_hf_hook", "_diffusers_hook"}
     return None if hooked else why_replaced(layer, "the layer")
 
@@ -453,7 +457,8 @@ def _why_not_called(layer: nn.Module) -> str | None:
 def _of_peft(layer: Any) -> tuple[str | None, str | None]:
     if isinstance(layer, _our_classes()):
         reason = why_not_fused(layer, layer._present(layer.active_adapters))
-        return _why_not_called(layer) or reason or why_not_here(), why_around(layer)
+        reason = _why_not_called(layer) or reason or why_not_here() or why_replaced_in_torch()
+        return reason, why_around(layer)
     if type(layer) in stock_classes():
         return "not accelerated: call fused_lora.accelerate(model)", None
     return f"{type(layer).__name__} has no fused form", None

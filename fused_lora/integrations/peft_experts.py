@@ -30,7 +30,7 @@ class AcceleratedExperts(AcceleratedLinear):
         """As the experts' own, such as (hidden [tokens, K], top_k_index, top_k_weights [tokens, top_k])."""
         if CHANGING:
             wait_for_change(self)
-        reason = self.why_not_fused() or self._why_not_call((x, *args), kwargs)
+        reason = self.why_class_replaced() or self.why_not_fused() or self._why_not_call((x, *args), kwargs)
         if reason:
             _count(reason)
             return super(FusedLoraBehaviour, self).forward(x, *args, **kwargs)

@@ -24,7 +24,7 @@ from torch.nn.modules import module as _of_torch
 from fused_lora.bases import base_of
 from fused_lora.bases.base import why_not_device, why_not_own_call, why_not_plain_tensor, why_not_plain_weight
 from fused_lora.bases.bitsandbytes_4bit import is_repacked
-from fused_lora.modules import variants
+from fused_lora.modules import patches, variants
 from fused_lora.modules.activated import BEFORE, activated_forward, changed_rows, is_pefts, why_no_rows
 from fused_lora.modules.changes import CHANGING, alone, wait_for_change
 from fused_lora.modules.fusable import why_inference, why_not_here, why_not_plain, why_not_plain_dropout
@@ -66,12 +66,17 @@ def _memory(layer: Any) -> int:
 class AcceleratedLinear(FusedLoraBehaviour):
     """Forward, merge and unmerge of a ``lora.Linear``, for a class that has PEFT's as its next base."""
 
+    stock: type[Any]  # PEFT's class
+    stock_forward: tuple[Any]  # its forward, when that was last found to be PEFT's
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """PEFT's forward: base(x) + sum over active adapters of scaling * B(A(dropout(x))), in the dtype of base(x)."""
         if CHANGING:
             wait_for_change(self)
         own = self.__dict__  # past PEFT's properties and nn.Module's __getattr__, which slow every attribute down
         simple = not (args or own["_disable_adapters"] or any(_GLOBAL_HOOKS)) and own["cast_input_dtype_enabled"]
+        simple = simple and self.stock.forward is self.stock_forward[0] and patches.of_torch() == patches.OF_TORCH
+        simple = simple and not (patches.MODES() and patches.why_followed())
         if simple:
             names, rows = own["_active_adapter"], None
             names = (names,) if isinstance(names, str) else names
@@ -96,7 +101,7 @@ class AcceleratedLinear(FusedLoraBehaviour):
             and plain
             and isinstance(x, Tensor)
             and x.dim() > 1
-            and not why_not_here()
+            and not (why_not_here() or patches.why_replaced_in_torch())
             and all(_is_number(self.scaling[n]) for n in names)
         ):
             self._check_forward_args(x, **kwargs)
@@ -210,7 +215,7 @@ class AcceleratedLinear(FusedLoraBehaviour):
         """
         if self.merged:
             refuse_sharded(self, "unmerged")
-        if self.merged and self.merge_state is not None:
+        if self.merged and self.merge_state is not None and self._is_pefts("unmerge"):
             try:
                 names = list(self.merged_adapters)
                 super().unmerge()
@@ -272,9 +277,33 @@ class AcceleratedLinear(FusedLoraBehaviour):
         names = self.active_adapters if adapter_names is None else adapter_names
         if isinstance(names, str) or (self.merged and self.merge_state is None):
             return False
+        if not (self._is_pefts("merge") and self._is_pefts("unmerge") and self._delta_is_pefts()):
+            return False
         if torch._C._len_torch_dispatch_stack():
             return False  # fake tensors have no numbers to check
         return self._fits_exactly(self._present(names))
+
+    def _is_pefts(self, name: str) -> bool:
+        """Whether PEFT's class has a method of PEFT, and not of someone who has replaced it for all layers."""
+        return patches.is_own(getattr(self.stock, name), "peft")
+
+    def _delta_is_pefts(self) -> bool:
+        """Whether what PEFT's merge would add is s B A, as far as the layer's methods tell."""
+        own = getattr(self.__dict__.get("get_delta_weight"), "__func__", None)
+        mine = "get_delta_weight" not in self.__dict__
+        mine = mine or own is type(self).get_delta_weight  # left by who has put it back
+        # ms-swift's moves A and B to the base's device; of several devices PEFT's merge runs
+        mine = mine or getattr(own, "__module__", "").startswith("swift.")
+        return mine and self._is_pefts("get_delta_weight")
+
+    def why_class_replaced(self) -> str | None:
+        """None while the forward of PEFT's class is PEFT's, for all its layers."""
+        forward = self.stock.forward
+        if forward is not self.stock_forward[0]:
+            if not patches.is_own(forward, "peft"):
+                return "PEFT's class has its forward replaced"
+            type(self).stock_forward = (forward,)
+        return None
 
     def _fits_exactly(self, names: list[str]) -> bool:
         """Whether our merge covers these adapters over the base layer as it is."""
@@ -360,7 +389,8 @@ def _has_own_memory(weight: Tensor) -> bool:
 def accelerated(stock: type[nn.Module]) -> type[nn.Module]:
     """The class of accelerated layers of PEFT's class ``stock``: a subclass of it with the same name."""
     own = BEHAVIOURS.get(stock.__name__, AcceleratedLinear)
-    return type(stock.__name__, (own, stock), {"__module__": __name__, "__doc__": own.__doc__})
+    attributes = {"__module__": __name__, "__doc__": own.__doc__, "stock": stock, "stock_forward": (None,)}
+    return type(stock.__name__, (own, stock), attributes)
 
 
 def stock_classes() -> tuple[type[nn.Module], ...]:
@@ -391,7 +421,9 @@ def why_not_fused(layer: Any, names: list[str], adapter_names: list[str] | None 
     None when the adapters run fused: with the base layer, or around it where :func:`why_around` has a reason.
     """
     if hasattr(layer, "why_not_fused"):
-        return layer.why_not_fused()
+        return layer.why_class_replaced() or layer.why_not_fused()
+    if replaced := layer.why_class_replaced():
+        return replaced
     if layer.disable_adapters:
         return "adapters are disabled"
     if layer.merged:
@@ -464,7 +496,7 @@ def _why_not_call(layer: Any, names: list[str], x: Tensor, kwargs: dict) -> str 
     """Why this one call runs PEFT's own forward, in a layer whose adapters can run fused."""
     if kwargs.get("adapter_names") is not None and len(kwargs["adapter_names"]) != len(x):
         return "as many adapter names as rows are needed"
-    reason = why_not_plain_tensor(x) or why_not_here()
+    reason = why_not_plain_tensor(x) or why_not_here() or patches.why_replaced_in_torch()
     if reason:
         return reason
     device, K = x.device, x.shape[-1] if x.dim() else 0

@@ -51,7 +51,8 @@ class AcceleratedEmbedding(EmbeddingBehaviour, _ExactMerges):
         """PEFT's forward: base(x) + sum over active adapters of scaling * A^T[x] B^T. It ignores dropout."""
         if CHANGING:
             wait_for_change(self)
-        reason = self.why_not_fused() or ("further arguments" if args or kwargs else None) or why_not_here()
+        reason = self.why_class_replaced() or self.why_not_fused()
+        reason = reason or ("further arguments" if args or kwargs else None) or why_not_here()
         if reason:
             _count(reason)
             return super(FusedLoraBehaviour, self).forward(x, *args, **kwargs)
