@@ -136,6 +136,11 @@ class AcceleratedLinear(FusedLoraBehaviour):
         _count(reason or AROUND + around)
         return y
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """By PEFT's class, of which ours is made anew: under its name a pickle finds PEFT's."""
+        reduced = super().__reduce_ex__(protocol)
+        return (_blank, (self.stock,), *reduced[2:]) if type(self) is accelerated(self.stock) else reduced
+
     def _has_offsets(self, x: Tensor, names: Sequence[str], kwargs: dict) -> bool:
         """Whether all of these are aLoRA, and a call brings offsets for x and nothing else."""
         if kwargs.keys() != {"alora_offsets"} or torch.compiler.is_compiling():
@@ -387,9 +392,9 @@ def _has_own_memory(weight: Tensor) -> bool:
 
 @functools.cache
 def accelerated(stock: type[nn.Module]) -> type[nn.Module]:
-    """The class of accelerated layers of PEFT's class ``stock``: a subclass of it with the same name."""
+    """The class of accelerated layers of PEFT's class ``stock``: a subclass of it that goes by the same name."""
     own = BEHAVIOURS.get(stock.__name__, AcceleratedLinear)
-    attributes = {"__module__": __name__, "__doc__": own.__doc__, "stock": stock, "stock_forward": (None,)}
+    attributes = {"__module__": stock.__module__, "__doc__": own.__doc__, "stock": stock, "stock_forward": (None,)}
     return type(stock.__name__, (own, stock), attributes)
 
 
@@ -402,12 +407,10 @@ def stock_classes() -> tuple[type[nn.Module], ...]:
     return tuple(getattr(modules[name], own) for name in _STOCK if modules[name] is not None for own in _STOCK[name])
 
 
-def __getattr__(name: str) -> type[nn.Module]:
-    if any(name in names for names in _STOCK.values()):  # where pickle looks for the class of a layer
-        if name in _STOCK["bnb"]:
-            import peft.tuners.lora.bnb  # noqa: F401
-        return accelerated(next(stock for stock in stock_classes() if stock.__name__ == name))
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+def _blank(stock: type[Any]) -> nn.Module:
+    """An accelerated layer without attributes, for who copies one or reads it from a pickle."""
+    ours = accelerated(stock)
+    return ours.__new__(ours)
 
 
 def _count(call: str) -> None:

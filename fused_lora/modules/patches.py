@@ -36,14 +36,16 @@ def why_replaced_in_torch() -> str | None:
     if (found := of_torch()) != OF_TORCH:
         for name, function in zip(_NAMES, found, strict=True):
             # DeepSpeed's has the same numbers, and stays after ZeRO-3 has been set up
-            if not (is_own(function, "torch") or getattr(function, "__module__", "") == "deepspeed.runtime.zero.linear"):
+            if not (
+                is_own(function, "torch") or getattr(function, "__module__", "") == "deepspeed.runtime.zero.linear"
+            ):
                 return f"{name} was replaced"
         OF_TORCH = found
     return why_followed() if MODES() else None
 
 
 def why_followed() -> str | None:
-    """None unless a ``TorchFunctionMode`` of somebody else than torch is on: it may change what ``F.linear`` returns."""
+    """None unless a ``TorchFunctionMode`` of another than torch is on: it may change what ``F.linear`` returns."""
     modes = map(torch._C._get_function_stack_at, range(MODES()))
     kind = next((type(mode) for mode in modes if not type(mode).__module__.startswith("torch.")), None)
     return f"a {kind.__name__} follows the calls" if kind is not None else None

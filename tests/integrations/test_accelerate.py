@@ -188,11 +188,11 @@ def test_a_pickle_opens_in_a_process_that_has_imported_nothing(tmp_path):
     model = fused_lora.accelerate(wrap(nn.Sequential(nn.Linear(3, 3)), target_modules=["0"]))
     with open(tmp_path / "model.pkl", "wb") as file:
         pickle.dump(model, file)
-    code = "import pickle, sys; m = pickle.load(open(sys.argv[1], 'rb')); print(type(m.base_model.model[0]).__module__)"
+    code = "import pickle, sys; m = pickle.load(open(sys.argv[1], 'rb')); print(type(m.base_model.model[0]).mro()[1])"
     out = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path / "model.pkl")], capture_output=True, text=True, check=True
     )
-    assert out.stdout.strip() == "fused_lora.integrations.peft_linear"
+    assert "AcceleratedLinear" in out.stdout
 
 
 def test_checkpoints_are_pefts(tmp_path):
@@ -311,7 +311,7 @@ if __name__ == "__main__":
     model(torch.randn(2, 4)).sum().backward()
     model.merge_adapter()
     model(torch.randn(2, 4))
-    print(type(model.base_model.model[0]).__module__, sys.argv[1:], sys.argv[0].endswith("train.py"), beside.x)
+    print(type(model.base_model.model[0]).mro()[1].__name__, sys.argv[1:], sys.argv[0].endswith("train.py"), beside.x)
     sys.exit(int(sys.argv[1]))
 """
 
@@ -326,7 +326,7 @@ def test_run_a_script_as_it_is(way, tmp_path):
         capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": os.getcwd()},
     )  # fmt: skip
     assert out.returncode == 3, out.stderr
-    assert out.stdout.strip() == "fused_lora.integrations.peft_linear ['3', '--lr', '1'] True 7"
+    assert out.stdout.strip() == "AcceleratedLinear ['3', '--lr', '1'] True 7"
     assert "1 LoRA calls ran fused, 1 in PEFT's own way\n           1 merged: the base layer alone" in out.stderr
 
 

@@ -9,6 +9,7 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbed
 
 import fused_lora
 from fused_lora.integrations import peft as integration
+from fused_lora.integrations.peft_linear import AcceleratedLinear
 from helpers.accelerated import ROWS, TOKENS, Net, layers, pair, wrap
 from helpers.experts import BOTH, Block
 from helpers.versions import since
@@ -70,4 +71,4 @@ def test_a_registered_class_is_built_without_the_config():
     config = fused_lora.integrations.peft.register(peft.LoraConfig(target_modules=["lin"]))
     settings = dict(r=2, lora_alpha=4, lora_dropout=0.0, init_lora_weights=True, use_rslora=False, fan_in_fan_out=False)
     layer = config._custom_modules[nn.Linear](nn.Linear(4, 6), "default", **settings)
-    assert type(layer).__module__ == "fused_lora.integrations.peft_linear" and layer.r == {"default": 2}
+    assert isinstance(layer, AcceleratedLinear) and layer.r == {"default": 2}

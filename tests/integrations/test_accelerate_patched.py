@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 from fused_lora.integrations import peft as integration
 from fused_lora.testing.numeric import assert_close
 from helpers.accelerated import K, Net, SideBySide, layers, pair, wrap
+from helpers.seeds import shifted
 
 pytestmark = pytest.mark.numeric
 
@@ -160,6 +161,10 @@ def test_a_delta_that_is_replaced_for_one_layer(target):
     else:
         delta = by_half
     for model in both.models:
+        torch.manual_seed(shifted(1))
+        for name, parameter in model.named_parameters():
+            if "lora_embedding" in name:
+                nn.init.normal_(parameter)  # which wrap() leaves at zero
         layer = model.get_submodule(f"base_model.model.{target}")
         layer.get_delta_weight = types.MethodType(delta, layer)
     assert_merged_alike(both)

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 import fused_lora
+from fused_lora.integrations.peft_linear import AcceleratedLinear
 from fused_lora.testing.numeric import assert_close
 from helpers.accelerated import ALL, Net, SideBySide, quiet, wrap
 from helpers.thorough import pairwise
@@ -319,3 +320,11 @@ def test_forwards_set_on_an_instance_are_kept():
         layer = model.base_model.model.lin0
         layer.forward = lambda x, layer=layer: layer.base_layer(x) * 2
     both.assert_same_results()
+
+
+def test_the_class_goes_by_pefts_name():
+    model, plain = (wrap(Net(), target_modules=["lin0", "conv1d", "emb"]) for _ in range(2))
+    fused_lora.accelerate(model)
+    for a, b in zip(model.modules(), plain.modules(), strict=True):
+        assert str(type(a)) == str(type(b)) and isinstance(a, type(b))
+        assert isinstance(a, AcceleratedLinear) is hasattr(b, "base_layer")
