@@ -51,6 +51,7 @@ _EACH_CALL = "merged for each call of the attention"
 BUILT: Counter[str] = Counter()  # under install(): ACCELERATED, or why a layer that PEFT built is not -> how many
 
 _create = "_create_new_module"  # LoraModel's static method: where PEFT builds the layer around a target
+_unload = "_unload_and_optionally_merge"  # a tuner's method: what merge_and_unload and unload call
 _inject = "inject_adapter"  # of all tuners (PeftMixedModel's is no LoraModel): where PEFT adds an adapter to a model
 _installed: dict[str, tuple[type, Any, Any]] = {}  # methods that install() has replaced: (their class, its own, ours)
 
@@ -130,10 +131,11 @@ def restore(model: nn.Module) -> nn.Module:
         for _, module in layers:
             _release(module)
         for module in model.modules():
-            unwatch(module)
-            FirstForward.leave(module)
+            _leave(module)
             if vars(module).get(_create) is _create_accelerated:
                 delattr(module, _create)
+            if isinstance(vars(module).get(_unload), _Unload):
+                delattr(module, _unload)
     return model
 
 
@@ -365,6 +367,8 @@ def _follow(who: str, layers: dict[str, nn.Module], model: nn.Module, *inner: nn
     """Let changes wait for calls of these, name layers that are read and not called, and look for more in a call."""
     for module in (model, *inner):
         watch(module)
+        if _is_tuner(module) and hasattr(module, _unload) and _unload not in vars(module):
+            setattr(module, _unload, _Unload(module))
     FirstForward(_called_layers, model, *inner)
     attention = _inside_attention(layers)
     lost = {p: why for p in layers if not p.startswith(attention) and (why := _why_not_reached(model, p))}
@@ -372,6 +376,23 @@ def _follow(who: str, layers: dict[str, nn.Module], model: nn.Module, *inner: nn
         why = next(iter(lost.values()))
         how = "; torch.backends.mha.set_fastpath_enabled(False) ends that" * ("eval" in why)
         warnings.warn(f"{who}: adapters of {some(lost)} do nothing, as in PEFT: each {why}{how}", stacklevel=4)
+
+
+def _leave(module: nn.Module) -> None:
+    unwatch(module)
+    FirstForward.leave(module)
+
+
+class _Unload:
+    """A tuner's method that returns the plain model: with no hook of ours, which TorchScript and pickles would meet."""
+
+    def __init__(self, tuner: nn.Module):
+        self._tuner: Any = tuner
+
+    def __call__(self, *args: Any, **kwargs: Any) -> nn.Module:
+        plain = getattr(type(self._tuner), _unload)(self._tuner, *args, **kwargs)
+        _leave(plain)
+        return plain
 
 
 def _adopt(module: nn.Module) -> nn.Module:

@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -193,6 +194,23 @@ def test_a_pickle_opens_in_a_process_that_has_imported_nothing(tmp_path):
         [sys.executable, "-c", code, str(tmp_path / "model.pkl")], capture_output=True, text=True, check=True
     )
     assert "AcceleratedLinear" in out.stdout
+
+
+@pytest.mark.parametrize("way", ["accelerate", "install", "copy", "pickle", "mixed"])
+@pytest.mark.parametrize("unload", ["merge_and_unload", "unload"])
+def test_the_plain_model_that_peft_returns_has_nothing_of_ours(way, unload):
+    net, x = nn.Sequential(nn.Linear(3, 3)), torch.randn(2, 3)
+    if way == "install":
+        integration.install()
+    model: Any = peft.get_peft_model(net, peft.LoraConfig(target_modules=["0"]), mixed=way == "mixed")
+    if way != "install":
+        fused_lora.accelerate(model)
+    model = {"copy": copy.deepcopy, "pickle": lambda m: pickle.loads(pickle.dumps(m))}.get(way, lambda m: m)(model)
+    y = model(x)
+    plain = getattr(model, unload)()
+    assert not plain._forward_hooks and not plain._forward_pre_hooks
+    assert b"fused_lora" not in pickle.dumps(plain)
+    assert_close(torch.jit.script(plain)(x), y, terms=3)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def test_checkpoints_are_pefts(tmp_path):
