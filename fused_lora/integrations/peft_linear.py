@@ -55,6 +55,8 @@ _GLOBAL_HOOKS = tuple(getattr(_of_torch, name) for name in _of_torch._has_any_gl
 # FUSED, AROUND and the reason, or the reason why PEFT's own forward ran -> calls in this process
 CALLS: Counter[str] = Counter()
 
+_DORA: tuple[Any, ...] = ()  # its methods, as PEFT has them
+
 _MERGED: WeakValueDictionary[int, Any] = WeakValueDictionary()  # memory of a weight -> the layer last merged into it
 
 
@@ -393,6 +395,13 @@ def _has_own_memory(weight: Tensor) -> bool:
 @functools.cache
 def accelerated(stock: type[nn.Module]) -> type[nn.Module]:
     """The class of accelerated layers of PEFT's class ``stock``: a subclass of it that goes by the same name."""
+    global _DORA
+    from peft.tuners.lora import dora
+    from peft.tuners.lora import variants as of_peft
+
+    found = _of_dora(dora.DoraLinearLayer, of_peft.DoraLinearVariant)
+    if all(patches.is_own(method, "peft") for method in found):
+        _DORA = found
     own = BEHAVIOURS.get(stock.__name__, AcceleratedLinear)
     attributes = {"__module__": stock.__module__, "__doc__": own.__doc__, "stock": stock, "stock_forward": (None,)}
     return type(stock.__name__, (own, stock), attributes)
@@ -411,6 +420,11 @@ def _blank(stock: type[Any]) -> nn.Module:
     """An accelerated layer without attributes, for who copies one or reads it from a pickle."""
     ours = accelerated(stock)
     return ours.__new__(ours)
+
+
+def _of_dora(magnitude: Any, variant: Any) -> tuple[Any, ...]:
+    """The methods of PEFT's DoRA that our forward stands in for."""
+    return magnitude.forward, magnitude.get_weight_norm, variant.forward
 
 
 def _count(call: str) -> None:
@@ -468,6 +482,8 @@ def _why_not_dora(layer: Any, name: str) -> str | None:
     kind = type(held[name]).__name__  # FSDP1 wraps it by PEFT's policy
     if kind != "DoraLinearLayer":
         return f"the magnitude of DoRA is inside a {kind}, which must see its call"
+    if _of_dora(type(held[name]), type(layer.lora_variant[name])) != _DORA:
+        return "PEFT's DoRA has a method replaced"
     return why_not_own_call(held[name], "the magnitude of DoRA")
 
 

@@ -49,3 +49,6 @@ def why_followed() -> str | None:
     modes = map(torch._C._get_function_stack_at, range(MODES()))
     kind = next((type(mode) for mode in modes if not type(mode).__module__.startswith("torch.")), None)
     return f"a {kind.__name__} follows the calls" if kind is not None else None
+
+
+why_replaced_in_torch()

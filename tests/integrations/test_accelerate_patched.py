@@ -121,6 +121,21 @@ def test_modes_that_follow_functions(report):
     assert report()["fallback"] == {"a Twice follows the calls": 1}
 
 
+@pytest.mark.parametrize("name", ["forward", "get_weight_norm"])
+@pytest.mark.parametrize("target", ["lin0", "conv1d"])
+def test_dora_whose_class_was_patched(name, target, report, monkeypatch):
+    both = SideBySide(wrap(Net(), target_modules=[target], use_dora=True))
+    ours, theirs = (model.get_submodule(f"base_model.model.{target}") for model in (both.ours, both.theirs))
+    kind = type(ours.lora_magnitude_vector["default"])
+    monkeypatch.setattr(kind, name, twice(getattr(kind, name)))
+    x = torch.randn(3, 24)
+    assert torch.equal(ours(x), theirs(x))
+    assert report()["fallback"] == {"PEFT's DoRA has a method replaced": 1}
+    both.ours.merge_adapter()
+    both.theirs.merge_adapter()
+    assert_close(ours(x), theirs(x), terms=24)
+
+
 def test_an_embedding_whose_class_was_patched(monkeypatch):
     both = SideBySide(wrap(Net(), target_modules=["emb"]))
     monkeypatch.setattr(Embedding, "forward", twice(Embedding.forward))
