@@ -68,8 +68,8 @@ def _memory(layer: Any) -> int:
 class AcceleratedLinear(FusedLoraBehaviour):
     """Forward, merge and unmerge of a ``lora.Linear``, for a class that has PEFT's as its next base."""
 
-    stock: type[Any]  # PEFT's class
-    stock_forward: tuple[Any]  # its forward, when that was last found to be PEFT's
+    _pefts_class: type[Any]
+    _pefts_forward: tuple[Any]  # its forward, when that was last found to be PEFT's
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """PEFT's forward: base(x) + sum over active adapters of scaling * B(A(dropout(x))), in the dtype of base(x)."""
@@ -77,7 +77,9 @@ class AcceleratedLinear(FusedLoraBehaviour):
             wait_for_change(self)
         own = self.__dict__  # past PEFT's properties and nn.Module's __getattr__, which slow every attribute down
         simple = not (args or own["_disable_adapters"] or any(_GLOBAL_HOOKS)) and own["cast_input_dtype_enabled"]
-        simple = simple and self.stock.forward is self.stock_forward[0] and patches.of_torch() == patches.OF_TORCH
+        simple = (
+            simple and self._pefts_class.forward is self._pefts_forward[0] and patches.of_torch() == patches.OF_TORCH
+        )
         simple = simple and not (patches.MODES() and patches.why_followed())
         if simple:
             names, rows = own["_active_adapter"], None
@@ -141,7 +143,7 @@ class AcceleratedLinear(FusedLoraBehaviour):
     def __reduce_ex__(self, protocol: Any) -> Any:
         """By PEFT's class, of which ours is made anew: under its name a pickle finds PEFT's."""
         reduced = super().__reduce_ex__(protocol)
-        return (_blank, (self.stock,), *reduced[2:]) if type(self) is accelerated(self.stock) else reduced
+        return (_blank, (self._pefts_class,), *reduced[2:]) if type(self) is accelerated(self._pefts_class) else reduced
 
     def _has_offsets(self, x: Tensor, names: Sequence[str], kwargs: dict) -> bool:
         """Whether all of these are aLoRA, and a call brings offsets for x and nothing else."""
@@ -292,10 +294,12 @@ class AcceleratedLinear(FusedLoraBehaviour):
 
     def _is_pefts(self, name: str) -> bool:
         """Whether PEFT's class has a method of PEFT, and not of someone who has replaced it for all layers."""
-        return patches.is_own(getattr(self.stock, name), "peft")
+        return patches.is_own(getattr(self._pefts_class, name), "peft")
 
     def _delta_is_pefts(self) -> bool:
-        """Whether what PEFT's merge would add is s B A, as far as the layer's methods tell."""
+        """Whether what PEFT's merge would add is s B A, as far as the layer's methods and ModuleDicts tell."""
+        if _why_other_parts(self):
+            return False
         own = getattr(self.__dict__.get("get_delta_weight"), "__func__", None)
         mine = "get_delta_weight" not in self.__dict__
         mine = mine or own is type(self).get_delta_weight  # left by who has put it back
@@ -305,11 +309,11 @@ class AcceleratedLinear(FusedLoraBehaviour):
 
     def why_class_replaced(self) -> str | None:
         """None while the forward of PEFT's class is PEFT's, for all its layers."""
-        forward = self.stock.forward
-        if forward is not self.stock_forward[0]:
+        forward = self._pefts_class.forward
+        if forward is not self._pefts_forward[0]:
             if not patches.is_own(forward, "peft"):
                 return "PEFT's class has its forward replaced"
-            type(self).stock_forward = (forward,)
+            type(self)._pefts_forward = (forward,)
         return None
 
     def _fits_exactly(self, names: list[str]) -> bool:
@@ -403,7 +407,8 @@ def accelerated(stock: type[nn.Module]) -> type[nn.Module]:
     if all(patches.is_own(method, "peft") for method in found):
         _DORA = found
     own = BEHAVIOURS.get(stock.__name__, AcceleratedLinear)
-    attributes = {"__module__": stock.__module__, "__doc__": own.__doc__, "stock": stock, "stock_forward": (None,)}
+    attributes = {"__module__": stock.__module__, "__doc__": own.__doc__}
+    attributes |= {"_pefts_class": stock, "_pefts_forward": (None,)}
     return type(stock.__name__, (own, stock), attributes)
 
 
@@ -453,6 +458,8 @@ def why_not_fused(layer: Any, names: list[str], adapter_names: list[str] | None 
         if name in layer.lora_variant and not is_pefts(layer.lora_variant[name]):
             if reason := _why_not_dora(layer, name):
                 return reason
+    if reason := _why_other_parts(layer):
+        return reason
     for name, A, B, dropout in _parts(layer, names):
         reason = why_not_plain(A) or why_not_plain(B) or why_not_plain_dropout(dropout)
         if reason:
@@ -509,6 +516,14 @@ def _parts(layer: Any, names: list[str]) -> list[tuple[str, nn.Module, nn.Module
     # past nn.Module's __getattr__, which takes longer than the checks: they run in every call
     A, B, dropout = (layer._modules[part]._modules for part in ("lora_A", "lora_B", "lora_dropout"))
     return [(name, A[name], B[name], dropout[name]) for name in names]
+
+
+def _why_other_parts(layer: Any) -> str | None:
+    """None where an adapter's modules are those that its name finds; a subclass of ModuleDict may give others."""
+    for part in ("lora_A", "lora_B", "lora_dropout"):
+        if (kind := type(layer._modules[part])) is not nn.ModuleDict:
+            return f"{part} is a {kind.__name__}"
+    return None
 
 
 def _why_not_call(layer: Any, names: list[str], x: Tensor, kwargs: dict) -> str | None:

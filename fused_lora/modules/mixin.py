@@ -171,7 +171,10 @@ class FusedLoraBehaviour(_Layer):
         kind, parts = base_in_eager(base), [base.__dict__]
         if modules["lora_magnitude_vector"]._modules:
             return None
-        A, B, drops = modules["lora_A"]._modules, modules["lora_B"]._modules, modules["lora_dropout"]._modules
+        A, B, drops = modules["lora_A"], modules["lora_B"], modules["lora_dropout"]
+        if not (type(A) is type(B) is type(drops) is nn.ModuleDict):  # who subclasses it may give other modules
+            return None
+        A, B, drops = A._modules, B._modules, drops._modules
         for name in names:
             a = A.get(name)
             if a is None:

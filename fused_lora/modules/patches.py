@@ -26,8 +26,9 @@ def is_own(function: Any, package: str) -> bool:
     code = getattr(function, "__code__", None)
     if code is None:
         return function is torch._C._nn.linear
-    folder = os.path.dirname(sys.modules[package].__file__ or "")
-    return code.co_filename.startswith(folder + os.sep)
+    # beside which file of the package: as code says, for in a frozen program modules say otherwise
+    beside = torch.typename if package == "torch" else sys.modules["peft.config"].PeftConfigMixin.to_dict
+    return code.co_filename.startswith(os.path.dirname(beside.__code__.co_filename) + os.sep)
 
 
 def why_replaced_in_torch() -> str | None:

@@ -143,6 +143,33 @@ def test_an_embedding_whose_class_was_patched(monkeypatch):
     assert torch.equal(*(model.base_model.model.emb(ids) for model in (both.ours, both.theirs)))
 
 
+class Switched(nn.ModuleDict):
+    """Gives the modules of "b" for those of "a"."""
+
+    def __getitem__(self, name):
+        return super().__getitem__("b" if name == "a" else name)
+
+
+def test_dicts_that_give_other_modules(report):
+    both = pair(adapters={"a": {}, "b": {}})
+    for layer in layers(both)[:2]:
+        layer(torch.randn(5, K))
+        layer.lora_A, layer.lora_B = Switched(layer.lora_A), Switched(layer.lora_B)
+    x = torch.randn(5, K)
+    assert torch.equal(*(layer(x) for layer in layers(both)[:2]))
+    assert report()["fallback"] == {"lora_A is a Switched": 1}
+    for layer in layers(both)[:2]:
+        layer.merge()
+    assert torch.equal(*(layer.base_layer.weight for layer in layers(both)[:2]))
+
+
+def test_attributes_of_a_script_are_its_own():
+    both, x = pair(), torch.randn(5, K)
+    layer = layers(both)[0]
+    layer.stock, layer.gate = 3, nn.Linear(2, 2)
+    assert_close(layer(x), layers(both)[1](x), terms=2 * K)
+
+
 # ---- merges
 
 
