@@ -13,6 +13,7 @@ import logging
 import sys
 import types
 import warnings
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -384,15 +385,22 @@ def _leave(module: nn.Module) -> None:
 
 
 class _Unload:
-    """A tuner's method that returns the plain model: with no hook of ours, which TorchScript and pickles would meet."""
+    """A tuner's method that returns the plain model: with no hook of ours, which TorchScript and pickles would meet.
+
+    It does not hold the tuner, so that a model's memory is free when nobody has the model any more.
+    """
 
     def __init__(self, tuner: nn.Module):
-        self._tuner: Any = tuner
+        self._tuner: Any = weakref.ref(tuner)
 
     def __call__(self, *args: Any, **kwargs: Any) -> nn.Module:
-        plain = getattr(type(self._tuner), _unload)(self._tuner, *args, **kwargs)
+        tuner = self._tuner()
+        plain = getattr(type(tuner), _unload)(tuner, *args, **kwargs)
         _leave(plain)
         return plain
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Unload, (self._tuner(),)
 
 
 def _adopt(module: nn.Module) -> nn.Module:

@@ -1,6 +1,7 @@
 """accelerate, restore, install, register, run: what they change and, above all, what they leave alone."""
 
 import copy
+import gc
 import io
 import json
 import os
@@ -8,6 +9,7 @@ import pickle
 import subprocess
 import sys
 import warnings
+import weakref
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -211,6 +213,25 @@ def test_the_plain_model_that_peft_returns_has_nothing_of_ours(way, unload):
     assert not plain._forward_hooks and not plain._forward_pre_hooks
     assert b"fused_lora" not in pickle.dumps(plain)
     assert_close(torch.jit.script(plain)(x), y, terms=3)  # pyright: ignore[reportPrivateImportUsage]
+
+
+@pytest.mark.parametrize("way", ["accelerate", "install", "unloaded"])
+def test_a_model_that_nobody_has_is_freed_at_once(way):
+    """Not by the garbage collector, which comes late for a GPU's memory."""
+    if way == "install":
+        integration.install()
+    gc.disable()
+    try:
+        model: Any = wrap(Net(), target_modules=["lin0"])
+        if way != "install":
+            fused_lora.accelerate(model)
+        model(IDS).sum().backward()
+        weight = weakref.ref(model.base_model.model.lin0.base_layer.weight)
+        plain = model.merge_and_unload() if way == "unloaded" else None
+        del model, plain
+        assert weight() is None
+    finally:
+        gc.enable()
 
 
 def test_checkpoints_are_pefts(tmp_path):
