@@ -3,10 +3,12 @@ what tests of the engine share."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import json
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from torch import nn
 from fused_lora.serving import AdapterStore
 from fused_lora.serving.engine.continuous import check_transformers
 from helpers.seeds import shifted
-from helpers.waiting import wait_for
+from helpers.waiting import HANG, wait_for
 
 KEY = "base_model.model."  # before every path in PEFT's files
 CHAT_TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
@@ -244,6 +246,29 @@ def results(engine: Any, *ids: str) -> list[Any]:
 
     wait_for(done)
     return [seen[i] for i in ids]
+
+
+@contextlib.contextmanager
+def stopped(engine: Any, when: Callable[[], bool], start: Callable[[], Any] = lambda: None) -> Iterator[Any]:
+    """What ``start()`` returned, once the engine stands before the first step at which ``when()`` holds.
+
+    It goes on at the end of the block: however slow the test's thread is, the engine does not run past the moment.
+    """
+    reached, go, step = threading.Event(), threading.Event(), engine._generation_step
+
+    def gated() -> None:
+        if not reached.is_set() and when():
+            reached.set()
+            go.wait(HANG)
+        step()
+
+    engine._generation_step = gated
+    try:
+        began = start()
+        assert reached.wait(HANG), "waited in vain"
+        yield began
+    finally:
+        go.set()
 
 
 def _linears(model: nn.Module, head: bool) -> dict[str, nn.Linear]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import importlib.metadata
 import importlib.util
 import threading
@@ -18,7 +19,7 @@ from helpers import serving
 from helpers.accelerated import TOKENS, wrap
 from helpers.experts import moe
 from helpers.seeds import shifted
-from helpers.serving import adapter_bytes, prompt, results, store_of
+from helpers.serving import adapter_bytes, prompt, results, stopped, store_of
 from helpers.serving import engine_config as config
 from helpers.waiting import wait_for
 
@@ -58,20 +59,6 @@ def idle(world):
 
 def result(engine, request_id):
     return results(engine, request_id)[0]
-
-
-def streamed(engine, request_id, count):
-    """At least ``count`` outputs of a streaming request, or all of them."""
-    outputs = []
-
-    def done():
-        output = engine.get_result(timeout=0.1)
-        if output is not None and output.request_id == request_id:
-            outputs.append(output)
-        return outputs and (len(outputs) >= count or outputs[-1].is_finished())
-
-    wait_for(done)
-    return outputs
 
 
 def check_all(model, adapters, alone, requests, outputs, count):
@@ -185,25 +172,31 @@ def test_reloaded_adapter_has_no_old_prefix(world, served, alone):
 def test_running_request_keeps_its_version(world, served, alone):
     model, store = served
     with continuous_batching(model, store, config()) as engine:
-        old = engine.add_request(prompt(9), adapter="a2", max_new_tokens=200, streaming=True)
-        assert len(streamed(engine, old, 5)[-1].generated_tokens) < 100
-        store.load("a2", str(world.adapters["a3"]))
-        new = engine.add_request(prompt(9), adapter="a2", max_new_tokens=8)
-        store.unload("a1")
+        begin = functools.partial(engine.add_request, prompt(9), adapter="a2", max_new_tokens=20)
+        with stopped(engine, lambda: engine.counters.generated_tokens >= 5, begin) as old:
+            store.load("a2", str(world.adapters["a3"]))
+            new = engine.add_request(prompt(9), adapter="a2", max_new_tokens=8)
+            store.unload("a1")
         old, new = results(engine, old, new)
         with pytest.raises(fused_lora.AdapterNotFound):
             engine.add_request(prompt(9), adapter="a1")
-    assert old.generated_tokens == alone("a2", prompt(9), 200)
+    assert old.generated_tokens == alone("a2", prompt(9), 20)
     assert new.generated_tokens == alone("a3", prompt(9), 8)
 
 
 def test_request_that_lost_its_cache_keeps_its_version(world, served, alone):
     model, store = served
     with continuous_batching(model, store, config(num_blocks=30, safety_margin=0.0)) as engine:
-        ids = [engine.add_request(prompt(30, i), adapter="a2", max_new_tokens=60, streaming=True) for i in range(6)]
-        scheduler = engine.batch_processor.scheduler
-        wait_for(lambda: any(state._true_initial_tokens for state in list(scheduler.waiting_requests.values())))
-        store.load("a2", str(world.adapters["a3"]))
+
+        def start():
+            with engine.pause():
+                return [engine.add_request(prompt(30, i), adapter="a2", max_new_tokens=60) for i in range(6)]
+
+        def lost():
+            return any(s._true_initial_tokens for s in engine.batch_processor.scheduler.waiting_requests.values())
+
+        with stopped(engine, lost, start) as ids:
+            store.load("a2", str(world.adapters["a3"]))
         outputs = results(engine, *ids)
     tokens = [output.generated_tokens for output in outputs]
     old, new = ([alone(name, prompt(30, i), 60) for i in range(6)] for name in ("a2", "a3"))
@@ -236,14 +229,13 @@ def test_lease_says_which_layers_it_changes(world, served, tmp_path):
 def test_adapter_unloaded_before_the_request_starts(world, alone):
     known = {name: world.adapters[name] for name in ("a2", "a3")}
     store = store_of(serving.load_model(world.folder), known, capacity_bytes=adapter_bytes(12))
-    with continuous_batching(store.model, store, config()) as engine:
-        first = engine.add_request(prompt(9), adapter="a2", max_new_tokens=200)
-        wait_for(lambda: engine.counters.generated_tokens > 0)  # two loads at a time would race for the room
+    with continuous_batching(store.model, store, config()) as engine, store.lease("a2"):  # there is room for one
+        first = engine.add_request(prompt(9), adapter="a2", max_new_tokens=20)
         second = engine.add_request(prompt(9), adapter="a3", max_new_tokens=4)
-        wait_for(lambda: engine.counters.waits_for_adapters > 0)  # there is room for one of them
+        wait_for(lambda: engine.counters.waits_for_adapters > 0)
         store.unload("a3")
         first, second = results(engine, first, second)
-    assert first.generated_tokens == alone("a2", prompt(9), 200)
+    assert first.generated_tokens == alone("a2", prompt(9), 20)
     assert isinstance(failure_of(second), fused_lora.AdapterNotFound)
 
 
@@ -399,13 +391,17 @@ def test_ids_of_requests_are_strings_of_their_own(served):
     with continuous_batching(*served, config()) as engine:
         with pytest.raises(TypeError, match="request_id"):
             engine.add_request([1], 5)
-        engine.add_request(prompt(9), "mine", max_new_tokens=200)
-        active = engine.batch_processor.scheduler.active_requests
-        for known in (lambda: True, lambda: "mine" in active):
-            wait_for(known)
+
+        def refused():
             with pytest.raises(ValueError, match="'mine' is the id of a request that has not ended"):
                 engine.add_request([1], "mine")
-        assert len(result(engine, "mine").generated_tokens) == 200
+
+        with engine.pause():
+            engine.add_request(prompt(9), "mine", max_new_tokens=20)
+            refused()
+        with stopped(engine, lambda: "mine" in engine.batch_processor.scheduler.active_requests):
+            refused()
+        assert len(result(engine, "mine").generated_tokens) == 20
         engine.add_request([1], "mine", max_new_tokens=1)  # once it has ended, the id is free again
 
 
