@@ -9,8 +9,9 @@ from fused_lora.modules.names import some
 
 CONVERT = "`fused-lora convert` reads such files"
 WHOLE = (
-    "a parameter saved whole that the config does not name in modules_to_save (a resized vocabulary?). PEFT writes it "
-    "over the base's. Add its module to modules_to_save, and it is read as the adapter's own"
+    "a parameter saved whole that the config does not name in modules_to_save (a resized vocabulary, or "
+    "ensure_weight_tying?). PEFT writes it over the base's. Add its module to modules_to_save, and it is read as the "
+    "adapter's own"
 )
 _KINDS = (  # the first that is found in the key
     (r"^lora_(unet|te\d?|transformer)_|\.lora_(down|up)\.|\.alpha$", f"the names of kohya's scripts: {CONVERT}"),

@@ -235,6 +235,7 @@ def check_model(model: nn.Module, plan: Plan, allow_partial: bool = False) -> Pl
         what = "an embedding" if path in plan.embeddings else "a linear layer"
         found = f"{kind}. {mismatch(missing, len(plan.slots), linear)}"
         raise AdapterError(plan.weights, plan.slots[path]["lora_A"], f"{what} {path!r} in the model", found)
+    _check_tying(model, plan, [path for path in fitting if path in modules])
     for path in fitting:
         _check_layer(modules, path, plan)
     if named is not None:
@@ -254,6 +255,14 @@ def check_model(model: nn.Module, plan: Plan, allow_partial: bool = False) -> Pl
     present = other_biases(model, plan.slots)
     biases, left_out = _check_names(plan, plan.biases, present, "bias", allow_partial, allow_partial)
     return plan._replace(biases=biases, left_out=(*plan.left_out, *left_out))
+
+
+def _check_tying(model: nn.Module, plan: Plan, paths: list[str]) -> None:
+    try:
+        auxiliary.check_tying(model, plan.config, paths)
+    except ValueError as error:
+        field, _, text = str(error).partition(": expected ")
+        raise AdapterError(os.path.join(os.path.dirname(plan.weights), CONFIG_NAME), field, text, True) from None
 
 
 def _check_beside(model: nn.Module, plan: Plan, allow_partial: bool) -> Plan:

@@ -429,6 +429,21 @@ def breaks_a_tie(model: nn.Module) -> bool:
     return len(ends) == 2 and any(isinstance(end, SavedModule) and end.in_effect() is not None for end in ends)
 
 
+def check_tying(model: nn.Module, config: LoraConfig, paths: Iterable[str]) -> None:
+    """Raise ValueError where ``ensure_weight_tying`` asks that a tied embedding and head have one LoRA, or one copy."""
+    ends = embeddings(model) if config.extra.get("ensure_weight_tying") else []
+    bases: list[Any] = [getattr(_original(end), "base_layer", _original(end)) for end in ends]
+    if len({id(base._parameters.get("weight")) for base in bases}) == len(bases):
+        return
+    modules = dict(named_modules(model))
+    for path in paths:
+        if any(part in ends for part in modules[path].modules()):
+            raise ValueError(
+                f"ensure_weight_tying: expected False for {path!r}, whose weight is that of the embedding and of the "
+                "head; here each has an adapter of its own. fused_lora.accelerate takes PEFT's model of such a config"
+            )
+
+
 def _original(module: nn.Module) -> nn.Module:
     return module.original if isinstance(module, Auxiliary) else module
 

@@ -45,6 +45,7 @@ _INERT: dict[str, tuple[type, ...]] = {
     # read by PEFT only for an adapter that begins with the init_lora_weights of that name
     **dict.fromkeys(("eva_config", "corda_config", "lora_ga_config", "loftq_config"), (dict,)),
     "runtime_config": (dict,),
+    "ensure_weight_tying": (bool,),  # of tied embeddings and heads alone; auxiliary.check_tying refuses those
 }
 
 
@@ -273,7 +274,7 @@ class LoraConfig:
         for key, value in self.extra.items():
             if key in _FIELDS or key in ("peft_type", "extra"):
                 raise FieldValueError("extra", f"without {key!r}, a field of LoraConfig", self.extra)
-            if key in _INERT and isinstance(value, _INERT[key]) and not isinstance(value, bool):
+            if key in _INERT and type(value) in _INERT[key]:
                 continue
             if not is_neutral(value):
                 text = "null, false or empty: it is not supported by fused_lora; remove it if it is a trainer's note"

@@ -203,6 +203,7 @@ def attach(
         text = f"it is 0 for all layers of {adapter_name!r}, so the adapter has no effect until a scale is set"
         warnings.warn(f"lora_alpha: {text}", stacklevel=4)
     found = auxiliary.find(model, config)
+    auxiliary.check_tying(model, config, [path for path in (*layers, *found.saved) if path in modules])
     if not values:  # rows begin as the model's own
         _check_not_merged([m for path in found.tokens if isinstance(m := modules[path], TrainedTokens)])
     if found.tokens and hasattr(nn.ParameterDict(), adapter_name):

@@ -579,3 +579,42 @@ def test_embeddings_that_differ_are_untied(tmp_path):
         fused_lora.unload(ours)
     ours.save_pretrained(tmp_path)
     assert_close(output(AutoModelForCausalLM.from_pretrained(tmp_path)), expected, terms=2000)
+
+
+@pytest.mark.filterwarnings("ignore:You have requested `ensure_weight_tying`", "ignore:Setting `save_embedding_layers`")
+@pytest.mark.parametrize(
+    "tied, fields",
+    [
+        (True, {"target_modules": ["q_proj"]}),
+        (True, {"target_modules": "all-linear"}),
+        (True, {"target_modules": ["q_proj"], "trainable_token_indices": TOKENS}),
+        (False, {"target_modules": ["embed_tokens", "lm_head"]}),
+        (False, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
+    ],
+)
+def test_ensure_weight_tying_without_an_adapter_of_what_is_tied_changes_nothing(tied, fields, tmp_path):
+    config = peft.LoraConfig(r=2, ensure_weight_tying=True, init_lora_weights=False, **fields)
+    torch.manual_seed(shifted(1))
+    base = llama(tied)
+    theirs = peft.get_peft_model(copy.deepcopy(base), config)
+    shake([parameter for parameter in theirs.parameters() if parameter.requires_grad])
+    theirs.save_pretrained(tmp_path)
+    ours = copy.deepcopy(base)
+    fused_lora.load_adapter(ours, tmp_path)
+    assert_close(output(ours), output(theirs.eval()), terms=2000)
+    fused_lora.inject(base, peft.LoraConfig(r=2, ensure_weight_tying=True, **fields))
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+@pytest.mark.parametrize("name", ["embed_tokens", "lm_head"])
+def test_one_adapter_for_an_embedding_and_its_head_is_refused(name, tmp_path):
+    for fields in ({"target_modules": ["q_proj", name]}, {"target_modules": ["q_proj"], "modules_to_save": [name]}):
+        base = llama(True)
+        config = peft.LoraConfig(r=2, ensure_weight_tying=True, **fields)
+        with pytest.raises(ValueError, match="ensure_weight_tying: expected False for .* of the embedding and of the"):
+            fused_lora.inject(base, copy.deepcopy(config))
+        peft.get_peft_model(llama(True), config).save_pretrained(tmp_path)
+        for load in (fused_lora.load_adapter, lambda model, folder: AdapterStore(model).load("a", folder)):
+            with pytest.raises(AdapterError, match="ensure_weight_tying"):
+                load(base, tmp_path)
+        assert not fused_lora.lora_layers(base) and not auxiliary_modules(base)

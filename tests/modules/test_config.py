@@ -61,10 +61,10 @@ def test_reads_and_rewrites_pefts_file(tmp_path, kwargs):
 def test_every_other_field_of_peft_is_refused_by_name(tmp_path):
     entries = peft_file(tmp_path)
     inert = {"auto_mapping", "peft_version", "megatron_core", "qalora_group_size", "peft_type"}
-    inert |= {"eva_config", "corda_config", "lora_ga_config", "loftq_config"}
+    inert |= {"eva_config", "corda_config", "lora_ga_config", "loftq_config", "ensure_weight_tying"}
     own = {f.name for f in dataclasses.fields(LoraConfig)}
     unsupported = sorted(set(entries) - own - inert)
-    assert "arrow_config" in unsupported and "layer_replication" in unsupported and len(unsupported) >= 9
+    assert "arrow_config" in unsupported and "layer_replication" in unsupported and len(unsupported) >= 8
     for key in unsupported:
         for value in (True, {"a": 1}, [1], "x", 1, 0):
             with pytest.raises(ValueError, match=f"{key} must be null, false or empty: it is not supported"):
@@ -90,6 +90,10 @@ def test_unknown_entries_need_neutral_values(tmp_path):
     assert LoraConfig.from_dict({**entries, "use_superlora": False}).to_dict()["use_superlora"] is False
     with pytest.raises(ValueError, match="use_superlora must be null, false or empty"):
         LoraConfig.from_dict({**entries, "use_superlora": 3})
+    assert LoraConfig.from_dict({**entries, "ensure_weight_tying": True}).to_dict()["ensure_weight_tying"] is True
+    for name, value in (("ensure_weight_tying", 1), ("qalora_group_size", True)):
+        with pytest.raises(ValueError, match=f"{name} must be null, false or empty"):
+            LoraConfig.from_dict({**entries, name: value})
     with pytest.raises(ValueError, match="peft_type must be 'LORA', got 'IA3'"):
         LoraConfig.from_dict({**entries, "peft_type": "IA3"})
     for missing in ("r", "lora_alpha", "peft_type"):
