@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -237,7 +237,7 @@ def check_model(model: nn.Module, plan: Plan, allow_partial: bool = False) -> Pl
         raise AdapterError(plan.weights, plan.slots[path]["lora_A"], f"{what} {path!r} in the model", found)
     _check_tying(model, plan, [path for path in fitting if path in modules])
     for path in fitting:
-        _check_layer(modules, path, plan)
+        _check_layer(model, modules, path, plan)
     if named is not None:
         if not allow_partial or fitting.isdisjoint(named):
             _check_targets(plan, set(named))
@@ -302,7 +302,16 @@ def _check_names(
     return both, [held[name] for name in unknown]
 
 
-def _check_layer(modules: Mapping[str, nn.Module], path: str, plan: Plan) -> None:
+def _resized(model: nn.Module, expected: Sequence[int], found: Sequence[int]) -> str:
+    """What to do where the two shapes differ in the size of the model's vocabulary alone."""
+    differ = [(own, other) for own, other in zip(expected, found, strict=False) if own != other]
+    sizes = {module.num_embeddings for module in model.modules() if isinstance(module, nn.Embedding)}
+    if len(expected) != len(found) or len(differ) != 1 or differ[0][0] not in sizes:
+        return ""
+    return f" (a resized vocabulary? model.resize_token_embeddings({differ[0][1]}) comes first then)"
+
+
+def _check_layer(model: nn.Module, modules: Mapping[str, nn.Module], path: str, plan: Plan) -> None:
     """Raise AdapterError unless the tensors of one layer fit it."""
     r, keys = plan.ranks[path][0] * plan.experts.get(path, 1), plan.slots[path]
     base, stack = None, stack_at(modules, path) if path in plan.experts else None
@@ -319,7 +328,7 @@ def _check_layer(modules: Mapping[str, nn.Module], path: str, plan: Plan) -> Non
     shapes = {field: plan.entries[keys[field]].shape for field in ("lora_A", "lora_B")}
     for field, shape in (("lora_A", (r, K)), ("lora_B", (N, r))):
         if shapes[field] != shape:
-            found = list(shapes[field])
+            found = f"{list(shapes[field])}{_resized(model, shape, shapes[field])}"
             raise AdapterError(plan.weights, keys[field], f"a shape {list(shape)} for the layer {path!r}", found)
     if plan.config.bias != "none" and (getattr(base, "bias", None) is None) == ("base_bias" in keys):
         has, brings = ("no bias", "a bias") if "base_bias" in keys else ("a bias", "none")

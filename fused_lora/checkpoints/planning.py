@@ -28,6 +28,7 @@ _WITH_LM_HEAD = ("ForCausalLM", "GPT2LMHeadModel", "OpenAIGPTLMHeadModel", "CTRL
 _TIED_FURTHER = ("Blt", "NeoMME", "ProphetNet")  # beside the head
 # causal models whose head has another name, or that tie more than it
 _OTHERWISE = ("BioGpt", "Git", "ModernBert", "Rwkv", "TrOCR", "Whisper", *_TIED_FURTHER)
+_RESIZED = " (a resized vocabulary? resize the base's, save it, and merge into that)"
 _OTHER_HEADS = ("lm_head.dense.", "cls.predictions.", "generator_predictions.", "embed_in.")  # tensors beside others
 
 
@@ -228,7 +229,12 @@ class _Planner:
         key = plan.copies[path]
         if not _is_whole([place], adapter, path) or plan.entries[key].shape != entry.shape:
             expected = f"a shape {list(entry.shape)}, as the base has {path!r}"
-            raise AdapterError(plan.weights, key, expected, f"{list(plan.entries[key].shape)} (a resized vocabulary?)")
+            raise AdapterError(
+                plan.weights,
+                key,
+                expected,
+                f"{list(plan.entries[key].shape)}{_RESIZED}",
+            )
         held = adapter.tensor(key)
         with open(shard.path, "rb", buffering=0) as file:
             rows = rows_of(Item(name, None, entry, entry.dtype))
@@ -310,7 +316,7 @@ class _Planner:
         entry, held = self._base.tensors[stored][1], adapter.plan.entries[key]
         expected = entry.shape if rows is None else (len(rows), *entry.shape[1:])
         if held.shape != expected:
-            found = f"{list(held.shape)}{' (a resized vocabulary?)' if len(expected) == 2 else ''}"
+            found = f"{list(held.shape)}{_RESIZED if len(expected) == 2 else ''}"
             raise AdapterError(adapter.plan.weights, key, f"a shape {list(expected)}, as {stored!r} has", found)
         if rows is not None and max(rows) >= entry.shape[0]:
             raise AdapterError(adapter.plan.weights, key, f"tokens below {entry.shape[0]}", max(rows))

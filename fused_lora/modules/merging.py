@@ -464,7 +464,10 @@ def _check_not_shared(model: nn.Module, layers: dict[str, Any], names: list[str]
         wrappers = auxiliary_modules(model).values()
         tied = sum(isinstance(wrapper, TrainedTokens) and wrapper.owner is layer for wrapper in wrappers)
         if len(shared) > max(tied, 1):
-            raise RuntimeError(f"{path}: the weight is shared by {shared}; a merge would change all of them")
+            raise RuntimeError(
+                f"{path}: the weight is shared by {shared}; a merge would change all of them. Untie "
+                "them, or save the adapter: `fused-lora merge` gives a tied head a weight of its own"
+            )
     strided = {memory_of(p): (name, p) for name, p in parameters if memory_of(p) != id(p)}
     before: list[Any] = []  # those that go on where the next begins
     for begin, (name, parameter) in sorted(strided.items(), key=lambda item: item[0]):

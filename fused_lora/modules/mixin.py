@@ -357,7 +357,10 @@ class FusedLoraBehaviour(_Layer):
         base, kind = self._merge_place()
         weight = base._parameters.get("weight")
         if weight is not None and weight.is_meta:
-            raise RuntimeError("base_layer.weight is offloaded (meta device), so nothing can be merged into it")
+            raise RuntimeError(
+                "base_layer.weight is offloaded (meta device), so nothing can be merged into it; `fused-lora merge` "
+                "merges files, without a model"
+            )
         if why := kind.why_not_merged(base):
             raise RuntimeError(
                 f"base_layer: {why}; expected a plain floating matrix, so nothing was merged into it"

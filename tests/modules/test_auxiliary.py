@@ -554,7 +554,7 @@ def test_files_that_do_not_fit(tmp_path):
     with pytest.raises(AdapterError, match=r"trainable_tokens_delta: expected a shape \[3, 14\], found \[3, 12\]"):
         fused_lora.load_adapter(other, tmp_path)
     assert not auxiliary_modules(other)
-    with pytest.raises(ValueError, match="modules_to_save or trainable_token_indices"):
+    with pytest.raises(ValueError, match="modules_to_save or trainable_token_indices.*Merge this one"):
         AdapterStore(Net().eval()).load("a", tmp_path)
 
 
@@ -618,3 +618,23 @@ def test_one_adapter_for_an_embedding_and_its_head_is_refused(name, tmp_path):
             with pytest.raises(AdapterError, match="ensure_weight_tying"):
                 load(base, tmp_path)
         assert not fused_lora.lora_layers(base) and not auxiliary_modules(base)
+
+
+@pytest.mark.parametrize("fields", [{"target_modules": ["lm_head"]}, {"target_modules": ["embed_tokens"]}, {}])
+def test_a_resized_vocabulary_is_named_with_what_to_do(fields, tmp_path):
+    beside = {} if fields else {"modules_to_save": ["embed_tokens", "lm_head"]}
+    larger = llama()
+    larger.resize_token_embeddings(VOCABULARY + 6)
+    fused_lora.inject(larger, LoraConfig(r=2, **{"target_modules": ["q_proj"], **fields, **beside}))
+    fused_lora.save_adapter(larger, tmp_path)
+    ours = llama()
+    with pytest.raises(AdapterError, match=r"vocabulary.*resize_token_embeddings"):
+        fused_lora.load_adapter(ours, tmp_path)
+    ours.resize_token_embeddings(VOCABULARY + 6)
+    fused_lora.load_adapter(ours, tmp_path)
+
+
+def test_a_merge_into_tied_embeddings_tells_what_to_do():
+    ours = fused_lora.inject(llama(True), LoraConfig(r=2, target_modules=["lm_head"]))
+    with pytest.raises(RuntimeError, match="lm_head: the weight is shared by .*`fused-lora merge` gives a tied head"):
+        fused_lora.merge(ours)
