@@ -169,11 +169,13 @@ def _check_merged(model: nn.Module, folder: str | os.PathLike) -> None:
 def _change_classes(model: nn.Module) -> None:
     """Give the modules with LoRA layers inside and a ``save_pretrained`` ours, and all others back what they had."""
     for module in model.modules():
-        wanted, kind = bool(lora_layers(module)), type(module)
-        if wanted and callable(getattr(kind, "save_pretrained", None)) and not issubclass(kind, SavesAdapters):
+        kind = type(module)
+        if not callable(getattr(kind, "save_pretrained", None)):
+            continue
+        if not lora_layers(module):
+            module.__class__ = vars(kind).get("_plain_class", kind)
+        elif not issubclass(kind, SavesAdapters):
             module.__class__ = _class_that_saves(kind)
-        elif not wanted and "_plain_class" in vars(kind):
-            module.__class__ = vars(kind)["_plain_class"]
 
 
 AFTER_CHANGE.append(_change_classes)

@@ -316,6 +316,8 @@ def find(model: nn.Module, config: LoraConfig) -> Found:
             does not have; modules_to_save names a list of modules, or one with LoRA layers inside; or both name the
             same module.
     """
+    if not config.modules_to_save and not config.trainable_token_indices:
+        return Found([], {}, {})
     modules = dict(named_modules(model))
     inside = tuple(f"{path}." for path, module in modules.items() if isinstance(module, Auxiliary))
     paths = [path for path in modules if path and not path.startswith(inside)]

@@ -156,16 +156,18 @@ def undone_on_error(
     before = []
     for holder in (holder for module in changed or modules for holder in holders_of_methods(module)):
         attributes = dict(vars(holder))
-        contents = [(held, held.copy()) for held in attributes.values() if type(held) in (dict, OrderedDict, list, set)]
-        before.append((holder, type(holder), attributes, contents))
+        containers = [held for held in attributes.values() if type(held) in (dict, OrderedDict, list, set)]
+        contents = [(held, held.copy()) for held in containers if held]  # a dozen are empty in each module
+        before.append((holder, type(holder), attributes, containers, contents))
     try:
         yield
     except BaseException:
-        for holder, kind, attributes, contents in before:
+        for holder, kind, attributes, containers, contents in before:
             if type(holder) is not kind:
                 object.__setattr__(holder, "__class__", kind)
-            for held, content in contents:
+            for held in containers:
                 held.clear()
+            for held, content in contents:
                 (held.extend if isinstance(held, list) else held.update)(content)
             vars(holder).clear()
             vars(holder).update(attributes)

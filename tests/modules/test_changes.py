@@ -1,6 +1,7 @@
 """Threads that merge, switch and call one model: one change at a time; a forward sees all of it or nothing."""
 
 import copy
+import gc
 import itertools
 import linecache
 import os
@@ -19,7 +20,7 @@ from torch import nn
 import fused_lora
 from fused_lora import LoraConfig, LoraLinear
 from fused_lora.modules import changes
-from fused_lora.modules.changes import changing
+from fused_lora.modules.changes import changing, undone_on_error
 from fused_lora.reference import bits
 from helpers.seeds import shifted
 from helpers.waiting import HANG, wait_for
@@ -429,3 +430,36 @@ def test_changes_of_a_layer_wait_for_the_model(call):
             wait_for(lambda: bool(changes._waiting))
             assert not done.done()
         done.result(HANG)
+
+
+def test_what_an_error_undoes_costs_little_where_there_are_many_adapters():
+    """Each adapter brings modules to every layer; a load of one more keeps what all of them have."""
+    model = ours(2)
+    modules = list(model.modules())
+    gc.collect()
+    gc.disable()
+    try:
+        before = len(gc.get_objects())
+        with undone_on_error(model):
+            kept = len(gc.get_objects()) - before
+    finally:
+        gc.enable()
+    assert 0 < kept < 12 * len(modules)
+
+
+def test_an_error_gives_containers_their_contents_again():
+    module = nn.Linear(2, 2)
+    module.names, module.nothing, module.few = ["a", "b"], [], {1}
+    hook = module.register_forward_hook(print)
+    held = {name: value for name, value in vars(module).items() if isinstance(value, (dict, list, set))}
+    with pytest.raises(KeyError), undone_on_error(module):
+        hook.remove()
+        module.names.clear()
+        module.nothing.append("c")
+        module.few.add(2)
+        module.register_forward_pre_hook(print)
+        module.register_buffer("late", torch.ones(1))
+        raise KeyError
+    assert (module.names, module.nothing, module.few) == (["a", "b"], [], {1})
+    assert list(module._forward_hooks.values()) == [print] and not module._forward_pre_hooks and not module._buffers
+    assert all(vars(module)[name] is value for name, value in held.items())
