@@ -108,7 +108,7 @@ def load_adapter(
                 biases[path].copy_(value)
         if not is_trainable:
             model.eval()
-    warn_left_out(plan)
+    warn_left_out(model, plan)
     warn_of_another_base(model, plan)
     return adapter.config
 
@@ -152,13 +152,16 @@ def check_same(plan: Plan, path: str, weight: torch.Tensor, held: torch.Tensor) 
         raise AdapterError(plan.weights, plan.copies[path], f"the weight of the base's own {path}, bit for bit", found)
 
 
-def warn_left_out(plan: Plan) -> None:
-    """Warn of the keys that ``allow_partial`` left out."""
+def warn_left_out(model: nn.Module, plan: Plan) -> None:
+    """Warn of the keys that ``allow_partial`` left out, and of layers that the config names and the file has not."""
     if plan.left_out:
         text = (
             f"{plan.weights}: {len(plan.left_out)} of {len(plan.entries)} tensors are left out: {some(plan.left_out)}"
         )
         warnings.warn(text, stacklevel=3)
+    if lacking := set(literal_targets(model, plan.config) or ()) - plan.slots.keys():
+        text = f"{plan.weights}: target_modules names {len(lacking)} layers that the file has no tensors for"
+        warnings.warn(f"{text}: {some(sorted(lacking))}", stacklevel=3)
 
 
 def warn_of_another_base(model: nn.Module, plan: Plan) -> None:

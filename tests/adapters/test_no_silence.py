@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import fused_lora
 from fused_lora.adapters import AdapterError
@@ -226,3 +227,14 @@ def test_a_few_of_many_names():
     assert "'tenant-1234'" in near and "'tenant-1235'" in near and "and 2992 more" in near
     assert some(names[:2]) == "'tenant-0000', 'tenant-0001'" and some([]) == "none"
     assert len(some(["x" * 10**6])) < 200
+
+
+def test_layers_that_the_config_names_and_a_partial_file_lacks_are_named(tmp_path):
+    model = fused_lora.inject(llama(), fused_lora.LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    fused_lora.save_adapter(model, tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    save_file({key: tensor for key, tensor in load_file(path).items() if "q_proj" in key}, path)
+    said = r"target_modules names 2 layers that the file has no tensors for: 'model.layers.0.self_attn.v_proj'"
+    for door in (by_load_adapter, by_load):
+        with pytest.warns(UserWarning, match=said):
+            door(llama(), tmp_path, allow_partial=True)

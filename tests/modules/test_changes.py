@@ -11,6 +11,7 @@ import threading
 import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import peft
 import pytest
@@ -448,7 +449,7 @@ def test_what_an_error_undoes_costs_little_where_there_are_many_adapters():
 
 
 def test_an_error_gives_containers_their_contents_again():
-    module = nn.Linear(2, 2)
+    module: Any = nn.Linear(2, 2)
     module.names, module.nothing, module.few = ["a", "b"], [], {1}
     hook = module.register_forward_hook(print)
     held = {name: value for name, value in vars(module).items() if isinstance(value, (dict, list, set))}

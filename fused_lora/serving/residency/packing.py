@@ -125,7 +125,7 @@ def from_folder(
         raise ValueError(f"source: {folder!r} changed while it was read, 5 times")
     _check_served(folder, plan)
     check_copies(model, adapter, plan)
-    warn_left_out(plan)
+    warn_left_out(model, plan)
     warn_of_another_base(model, plan)
     layers = {}
     for path, tensors in adapter.layers.items():
