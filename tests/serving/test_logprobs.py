@@ -6,7 +6,7 @@ import torch
 from fused_lora.testing.numeric import assert_close
 from helpers import serving
 from helpers.serving import engine_config as config
-from helpers.serving import prompt, results, store_of
+from helpers.serving import prompt, results, stopped, store_of
 from helpers.waiting import wait_for
 
 serving.need_engine()
@@ -80,17 +80,18 @@ def test_prompt_that_is_in_the_prefix_cache_is_computed_again(world):
 @pytest.mark.numeric
 def test_request_that_loses_its_cache_tells_each_token_once(world):
     model, store, exact = world
-    lost = []
     with continuous_batching(model, store, config(num_blocks=30, safety_margin=0.0)) as engine:
         told = dict(adapter="a0", max_new_tokens=60, logprobs=1, prompt_logprobs=True)
-        ids = [engine.add_request(prompt(30, i), **told) for i in range(6)]
-        waiting = engine.batch_processor.scheduler.waiting_requests
 
-        def seen():
-            lost.extend(state.request_id for state in list(waiting.values()) if state._true_initial_tokens)
-            return lost
+        def start():
+            with engine.pause():
+                return [engine.add_request(prompt(30, i), **told) for i in range(6)]
 
-        wait_for(seen)
+        def lost():
+            return any(s._true_initial_tokens for s in engine.batch_processor.scheduler.waiting_requests.values())
+
+        with stopped(engine, lost, start) as ids:
+            pass
         outputs = results(engine, *ids)
     for output in outputs:
         check(exact, "a0", output, 1, True)
