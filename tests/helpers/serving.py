@@ -22,7 +22,7 @@ from helpers.seeds import shifted
 from helpers.waiting import HANG, wait_for
 
 KEY = "base_model.model."  # before every path in PEFT's files
-CHAT_TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+CHAT_TEMPLATE = "{{ opening }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 
 
 def need_engine(*packages: str) -> None:

@@ -236,6 +236,20 @@ def test_what_clients_send_on_their_own_is_accepted_in_chats(server, alone):
     assert answer["choices"][0]["message"]["content"] == alone("a1", "user: x\nassistant: y\nassistant:", 4)
 
 
+def test_what_a_chat_template_reads_beside_the_messages(server, alone):
+    body = dict(model="a1", messages=[dict(role="user", content="x")], max_tokens=4, temperature=0)
+
+    def ask(told):
+        return server.http.post("/v1/chat/completions", json={**body, "chat_template_kwargs": told})
+
+    answer = ask({"opening": "Hm. ", "enable_thinking": False}).json()
+    assert answer["choices"][0]["message"]["content"] == alone("a1", "Hm. user: x\nassistant:", 4)
+    assert ask(None).json()["choices"] == ask({}).json()["choices"]
+    for wrong in ({"chat_template": "x"}, {"tokenize": False}, {"messages": "x"}, {"opening": ["x"]}, ["x"]):
+        refused = ask(wrong)
+        assert refused.status_code == 400 and refused.json()["error"]["param"].startswith("chat_template_kwargs")
+
+
 def test_chat_refuses_tools(server):
     request = dict(model="a0", max_tokens=4, messages=[{"role": "user", "content": "x"}])
     tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]

@@ -267,6 +267,8 @@ class ChatRequest(GenerateRequest):
     max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=MOST_OF_CHATS)
+    # vLLM's: what the model's chat template reads beside the messages, as enable_thinking
+    chat_template_kwargs: dict[str, bool | int | float | str | None] | None = None
 
     def check(self) -> None:
         """As for all requests. A message may hold nothing that would be left out of the prompt."""

@@ -115,7 +115,9 @@ class Service:
             prompts, limit = [[m.plain() for m in request.messages]], "max_completion_tokens"
             limit = "max_tokens" if request.max_completion_tokens is None else limit
             echo, logprobs = False, (request.top_logprobs or 0) if request.logprobs else None
+            template = request.chat_template_kwargs or {}
         else:
+            template = {}
             prompts, limit = request.prompts(), "max_tokens"
             echo, logprobs = request.echo, request.logprobs
         wanted, n = getattr(request, limit), request.n or 1
@@ -128,7 +130,7 @@ class Service:
         top_p = 1.0 if request.top_p is None else request.top_p
         jobs = []
         for prompt in prompts:
-            ids = await self._prompts.encode(prompt, name)
+            ids = await self._prompts.encode(prompt, name, template)
             budget = self._budget(len(ids), wanted, name)
             echoed = await self._prompts.echo(prompt, ids) if echo else None
             for choice in range(n):

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import inspect
 import re
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from types import MappingProxyType
 from typing import Any
 
 from fused_lora.serving.http.api import ApiError, too_long
@@ -30,16 +33,25 @@ class PromptReader:
         self.context = context
         self.most_characters = context * max(map(len, tokenizer.get_vocab()), default=1)
         tokenizer("x")  # sets its truncation once: from here on a fast one is only read, by any number of threads
+        # parameters of the method, which a request must not set: another template, or text in place of tokens
+        self._not_of_templates = {*inspect.signature(tokenizer.apply_chat_template).parameters, "messages"}
         fast = getattr(tokenizer, "is_fast", False)
         threads = _THREADS if fast else 1
         self._short = tokenizer, ThreadPoolExecutor(threads, "tokenize")
         self._long = (tokenizer if fast else copy.deepcopy(tokenizer)), ThreadPoolExecutor(threads, "tokenize-long")
 
-    async def encode(self, prompt: Any, name: str) -> list[int]:
-        """Token ids of a text, a chat or a list of ids, from the request's parameter ``name``. Raises ApiError."""
+    async def encode(self, prompt: Any, name: str, template: Mapping[str, Any] = MappingProxyType({})) -> list[int]:
+        """Token ids of a text, a chat or a list of ids, from the request's parameter ``name``. Raises ApiError.
+
+        template: what the chat template reads beside the messages.
+        """
         if isinstance(prompt, list) and not (prompt and isinstance(prompt[0], dict)):
             return prompt
+        if taken := sorted(template.keys() & self._not_of_templates):
+            where = f"chat_template_kwargs.{taken[0]}"
+            raise ApiError(400, f"{where} is not supported by this server", where, "unsupported_parameter")
         texts = [prompt] if isinstance(prompt, str) else [text for message in prompt for text in message.values()]
+        texts += [value for value in template.values() if isinstance(value, str)]
         characters = sum(map(len, texts))
         if characters > self.most_characters or len(texts) > 2 * self.context:
             raise too_long(self.context, f"{characters} characters", name)
@@ -54,7 +66,8 @@ class PromptReader:
                     return None
             if isinstance(prompt, str):
                 return tokenizer(prompt)["input_ids"]
-            return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=False)
+            told = dict(add_generation_prompt=True, tokenize=True, return_dict=False)
+            return tokenizer.apply_chat_template(prompt, **told, **template)
 
         try:
             ids = await asyncio.get_running_loop().run_in_executor(pool, work)
