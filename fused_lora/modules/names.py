@@ -32,6 +32,8 @@ _BEGINNINGS = (
 )
 # Qwen2-VL and its kin, whose old names are those of a text model
 TEXT_INSIDE = ("model.language_model.", "model.")
+# what a text model has that a vision model with layers of the same names has not
+_OF_TEXT = "embeddings.token_embedding", "embeddings.word_embeddings"
 _SHOWN = 8
 # names of a file may be many, and of any length and depth
 _LONGEST, _DEEPEST, _COMPARED = 120, 32, 10_000
@@ -51,12 +53,16 @@ def renamed(paths: Iterable[str], known: Container[str]) -> dict[str, str]:
     """{path: its name in ``known``} of paths that other releases of transformers have under another beginning.
 
     Empty unless each path has one name there, and no two the same. What is for the text part of a model is not for a
-    text model, so that name goes one way.
+    text model, so that name goes one way. The layers of CLIP's text and vision model have the same names, so what is
+    for the one is not for the other alone.
     """
     names: dict[str, str] = {}
     inside, alone = TEXT_INSIDE
+    absent = "vision_model." if any(name in known for name in _OF_TEXT) else "text_model."
     for path in paths:
         others = other_beginnings(path) | {inside + path.removeprefix(alone) if path.startswith(alone) else path}
+        if path.startswith(absent):
+            others -= {path.removeprefix(absent)}
         found = {path} if path in known else {other for other in others if other in known}
         if len(found) != 1:
             return {}

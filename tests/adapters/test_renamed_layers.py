@@ -86,3 +86,12 @@ def test_all_layers_have_one_name_each_or_none_is_renamed():
     assert renamed([*old, "language_model.layers.0.q"], known) == {}  # two that mean the same
     assert renamed(["model.language_model.layers.0.q"], {"model.layers.0.q"}) == {}  # a part, for a text model
     assert renamed(["model.layers.0.q"], {"model.language_model.layers.0.q", "backbone.layers.0.q"}) == {}
+
+
+def test_layers_of_a_text_model_are_none_of_a_vision_model():
+    layer = "encoder.layers.0.self_attn.q_proj"
+    text, vision = {layer, "embeddings.token_embedding"}, {layer, "embeddings.position_embedding"}
+    assert renamed([f"text_model.{layer}"], text) == {f"text_model.{layer}": layer}
+    assert renamed([f"vision_model.{layer}"], vision) == {f"vision_model.{layer}": layer}
+    assert renamed([f"text_model.{layer}"], vision) == {}
+    assert renamed([f"vision_model.{layer}"], text) == {}
