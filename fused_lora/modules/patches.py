@@ -35,11 +35,12 @@ def why_replaced_in_torch() -> str | None:
     """None unless something of torch that PEFT's forward calls is another's, or a mode follows the calls."""
     global OF_TORCH
     if (found := of_torch()) != OF_TORCH:
-        for name, function in zip(_NAMES, found, strict=True):
+        seen = OF_TORCH or (None,) * len(found)
+        for name, function, known in zip(_NAMES, found, seen, strict=True):
             # DeepSpeed's has the same numbers, and stays after ZeRO-3 has been set up
-            if not (
-                is_own(function, "torch") or getattr(function, "__module__", "") == "deepspeed.runtime.zero.linear"
-            ):
+            alike = getattr(function, "__module__", "") == "deepspeed.runtime.zero.linear"
+            # Dynamo cannot read the code of torch's own
+            if not (function is known or alike or is_own(function, "torch")):
                 return f"{name} was replaced"
         OF_TORCH = found
     return why_followed() if MODES() else None

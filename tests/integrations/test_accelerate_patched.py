@@ -250,3 +250,15 @@ def test_an_unmerge_that_is_replaced_while_merged(monkeypatch):
     layer = both.ours.base_model.model.lin0
     assert calls == [layer] and not layer.merged
     assert_close(layer.base_layer.weight, both.theirs.base_model.model.lin0.base_layer.weight, terms=8)
+
+
+def test_layers_compile_whole_where_deepspeed_has_replaced_a_function(monkeypatch):
+    (layer, theirs, *_), x = layers(pair()), torch.randn(5, K)
+    expected = theirs(x)
+
+    def linear(*args):
+        return own(*args)
+
+    own, linear.__module__ = F.linear, "deepspeed.runtime.zero.linear"
+    monkeypatch.setattr(F, "linear", linear)
+    assert_close(torch.compile(layer, fullgraph=True, backend="eager")(x), expected, terms=100)
