@@ -252,10 +252,12 @@ def read_config(path: str, dir_fd: int | None = None, inside: str | None = None)
 def with_heads(path: str, config: LoraConfig, keys: Iterable[str]) -> LoraConfig:
     """The config, read from ``path``, with the heads of its task in modules_to_save if one of the ``keys`` is of them.
 
-    PEFT's models of a task save their head, and older releases of PEFT do not name it in the config.
+    PEFT's models of a task save their head, and older releases of PEFT do not name it in the config. The bias of one
+    may be there by the config's ``bias``.
     """
     heads = tuple(HEADS.get(config.task_type or "", ()))
-    if not any(".lora_" not in key and under.endswith(heads) for key in keys if heads for under in above(key)):
+    whole = [key for key in keys if heads and ".lora_" not in key and not key.endswith(".bias")]
+    if not any(under.endswith(heads) for key in whole for under in above(key)):
         return config
     try:
         return config.with_heads()

@@ -417,6 +417,22 @@ def test_the_head_of_a_task_is_read_where_the_config_does_not_name_it(task, tmp_
         fused_lora.load_adapter(base, tmp_path / "old")
 
 
+@pytest.mark.parametrize("fields", [{"bias": "all"}, {"bias": "lora_only", "target_modules": ["q_proj", "score"]}])
+def test_a_bias_of_a_head_is_no_head(fields, tmp_path):
+    """A LoraModel without the model of a task around it saves none."""
+    base = LlamaForSequenceClassification(training.llama(num_labels=3).config).eval()
+    base.score = nn.Linear(base.score.in_features, 3)
+    config = peft.LoraConfig(r=2, task_type="SEQ_CLS", **{"target_modules": ["q_proj"], **fields})
+    theirs = peft.tuners.lora.LoraModel(copy.deepcopy(base), config, "default")
+    shake(p for p in theirs.parameters() if p.requires_grad)
+    config.save_pretrained(tmp_path)
+    tensors = peft.get_peft_model_state_dict(theirs.model, adapter_name="default")
+    save_file({PREFIX + name: tensor for name, tensor in tensors.items()}, tmp_path / "adapter_model.safetensors")
+    ours = copy.deepcopy(base)
+    assert not fused_lora.load_adapter(ours, tmp_path).modules_to_save
+    assert_close(output(ours), output(theirs.eval()), terms=1000)
+
+
 def test_what_trains_and_is_not_saved_is_named(tmp_path):
     net = fused_lora.inject(Net(), LoraConfig(r=2, target_modules=["body"]))
     net.head.requires_grad_(True)
