@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import contextlib
 import json
 import logging
@@ -10,7 +11,6 @@ import math
 import os
 import re
 import signal
-import socket
 import threading
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
@@ -129,13 +129,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _check_address(host: str, port: int) -> None:
     """SystemExit if the server cannot listen there, which uvicorn would find out after the model was loaded."""
+
+    async def listen() -> None:  # as uvicorn does
+        loop = asyncio.get_running_loop()
+        (await loop.create_server(asyncio.Protocol, host, port, start_serving=False)).close()
+
     try:
-        family, kind, _, _, address = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as uvicorn does
-            probe.bind(address)
-    except OSError as error:
-        raise SystemExit(f"--host, --port: cannot listen on {host} port {port}: {error.strerror}") from None
+        asyncio.run(listen())
+    except (OSError, UnicodeError) as error:  # a name with an empty or a long part
+        reason = getattr(error, "strerror", None) or error
+        raise SystemExit(f"--host, --port: cannot listen on {host} port {port}: {reason}") from None
 
 
 def _log_with_ids(no_access_log: bool) -> None:

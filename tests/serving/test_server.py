@@ -716,10 +716,11 @@ def test_command_line_refuses_nonsense(tmp_path, capsys, monkeypatch):
             main([*serve, "--device", device])
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = str(other.getsockname()[1])
-        with pytest.raises(SystemExit, match=f"cannot listen on 127.0.0.1 port {port}: Address already in use"):
+        with pytest.raises(SystemExit, match=f"cannot listen on 127.0.0.1 port {port}: .*address already in use"):
             main([*serve, "--port", port])
-    with pytest.raises(SystemExit, match="cannot listen on no.such.host.test port 0: "):
-        main([*serve, "--host", "no.such.host.test"])
+    for host in ("no.such.host.test", "no..host"):
+        with pytest.raises(SystemExit, match=f"cannot listen on {host} port 0: "):
+            main([*serve, "--host", host])
     monkeypatch.setattr(continuous, "TESTED_TRANSFORMERS", ("5.0",))
     with pytest.raises(SystemExit, match=r"tested on 5\.0\.x; found"):
         main(serve)
