@@ -76,11 +76,13 @@ class AcceleratedLinear(FusedLoraBehaviour):
         if CHANGING:
             wait_for_change(self)
         own = self.__dict__  # past PEFT's properties and nn.Module's __getattr__, which slow every attribute down
-        simple = not (args or own["_disable_adapters"] or any(_GLOBAL_HOOKS)) and own["cast_input_dtype_enabled"]
         simple = (
-            simple and self._pefts_class.forward is self._pefts_forward[0] and patches.of_torch() == patches.OF_TORCH
+            not (args or own["_disable_adapters"] or any(_GLOBAL_HOOKS))
+            and own["cast_input_dtype_enabled"]
+            and self._pefts_class.forward is self._pefts_forward[0]
+            and patches.of_torch() == patches.OF_TORCH
+            and not (patches.MODES() and patches.why_followed())
         )
-        simple = simple and not (patches.MODES() and patches.why_followed())
         if simple:
             names, rows = own["_active_adapter"], None
             names = (names,) if isinstance(names, str) else names
@@ -300,12 +302,12 @@ class AcceleratedLinear(FusedLoraBehaviour):
         """Whether what PEFT's merge would add is s B A, as far as the layer's methods and ModuleDicts tell."""
         if _why_other_parts(self):
             return False
-        own = getattr(self.__dict__.get("get_delta_weight"), "__func__", None)
-        mine = "get_delta_weight" not in self.__dict__
-        mine = mine or own is type(self).get_delta_weight  # left by who has put it back
-        # ms-swift's moves A and B to the base's device; of several devices PEFT's merge runs
-        mine = mine or getattr(own, "__module__", "").startswith("swift.")
-        return mine and self._is_pefts("get_delta_weight")
+        put = self.__dict__.get("get_delta_weight")
+        own = getattr(put, "__func__", None)
+        # the class's own is left by who has put it back; ms-swift's moves A and B to the base's device, and of several
+        # devices PEFT's merge runs
+        known = own is type(self).get_delta_weight or getattr(own, "__module__", "").startswith("swift.")
+        return (put is None or known) and self._is_pefts("get_delta_weight")
 
     def why_class_replaced(self) -> str | None:
         """None while the forward of PEFT's class is PEFT's, for all its layers."""

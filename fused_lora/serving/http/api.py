@@ -178,9 +178,9 @@ class StreamOptions(Checked):
 
     model_config = ConfigDict(extra="forbid")
 
-    include_usage: bool = False
-    continuous_usage_stats: bool = False
-    include_obfuscation: bool = False  # there is none in any case
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+    include_obfuscation: bool | None = None  # there is none in any case
 
 
 class GenerateRequest(Checked):
