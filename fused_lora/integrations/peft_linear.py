@@ -296,7 +296,8 @@ class AcceleratedLinear(FusedLoraBehaviour):
 
     def _is_pefts(self, name: str) -> bool:
         """Whether PEFT's class has a method of PEFT, and not of someone who has replaced it for all layers."""
-        return patches.is_own(getattr(self._pefts_class, name), "peft")
+        method = getattr(self._pefts_class, name, None)  # layers over packed weights have no get_delta_weight
+        return method is None or patches.is_own(method, "peft")
 
     def _delta_is_pefts(self) -> bool:
         """Whether what PEFT's merge would add is s B A, as far as the layer's methods and ModuleDicts tell."""
