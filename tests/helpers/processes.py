@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -101,3 +102,4 @@ def _process(rank: int, cases: Mapping[str, Mapping[str, Any]], port: int, folde
             torch.save(results, Path(folder) / "results.pt")
     finally:
         torch.distributed.destroy_process_group()
+    os._exit(0)  # models still hold groups, whose threads torch may not have joined: an end by Python aborted at times
