@@ -172,7 +172,7 @@ def _read_once(
         found = "none"
         if _exists(os.path.join(folder, "config.json"), dir_fd):
             found = "a model's folder, with config.json"
-        elif inner := _inner_adapters(folder):
+        elif inner := _inner_adapters(folder, dir_fd):
             found = f"none; it has adapters in {some(inner)}"
         raise AdapterError(folder, None, f"an adapter's folder, with {CONFIG_NAME}", found)
     config, layout = read_config(config_path, dir_fd, inside)
@@ -210,15 +210,23 @@ def _read_once(
     return Adapter(config, layers, *others), plan
 
 
-def _inner_adapters(folder: str) -> list[str]:
+def _names(folder: str, dir_fd: int | None) -> list[str]:
+    """What is in the folder, for a message; nothing where it cannot be listed, as once a save has replaced it."""
+    try:
+        return sorted(os.listdir(folder if dir_fd is None else dir_fd))
+    except OSError:
+        return []
+
+
+def _inner_adapters(folder: str, dir_fd: int | None) -> list[str]:
     """The folders in ``folder`` that have an adapter's config, as PEFT writes those of adapters with names."""
-    names = sorted(os.listdir(folder))[:_LISTED]
+    names = _names(folder, dir_fd)[:_LISTED]
     return [name for name in names if os.path.isfile(os.path.join(folder, name, CONFIG_NAME))]
 
 
 def _instead(folder: str, dir_fd: int | None) -> str:
     """What is in a folder that has no weights of an adapter by PEFT's name."""
-    names = sorted(os.listdir(folder if dir_fd is None else dir_fd))
+    names = _names(folder, dir_fd)
     if PICKLE_NAME in names:
         with open_regular(os.path.join(folder, PICKLE_NAME), sys.maxsize, dir_fd) as (file, _):
             if file.read(len(LFS_POINTER)) == LFS_POINTER:

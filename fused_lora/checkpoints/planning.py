@@ -229,12 +229,7 @@ class _Planner:
         key = plan.copies[path]
         if not _is_whole([place], adapter, path) or plan.entries[key].shape != entry.shape:
             expected = f"a shape {list(entry.shape)}, as the base has {path!r}"
-            raise AdapterError(
-                plan.weights,
-                key,
-                expected,
-                f"{list(plan.entries[key].shape)}{_RESIZED}",
-            )
+            raise AdapterError(plan.weights, key, expected, f"{list(plan.entries[key].shape)}{_RESIZED}")
         held = adapter.tensor(key)
         with open(shard.path, "rb", buffering=0) as file:
             rows = rows_of(Item(name, None, entry, entry.dtype))

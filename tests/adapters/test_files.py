@@ -635,6 +635,28 @@ def test_a_reader_beside_a_saver_sees_whole_checkpoints(tmp_path):
     assert seen == {(4, 5, 4), (8, 9, 8)}
 
 
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_a_folder_that_a_save_has_replaced_is_read_again(name, tmp_path, monkeypatch):
+    """Also where the old one has gone, and the new one is not there, by the time that it is listed for a message."""
+    adapted_model(tmp_path / "t", 4, lora_alpha=5)
+    adapted_model(tmp_path / "new", 8, lora_alpha=9)
+    found, replaced, asked = checkpoint._exists, checkpoint._replaced, []
+
+    def exists(path, dir_fd):
+        if os.path.basename(path) == name and not asked:
+            asked.append(path)
+            shutil.rmtree(tmp_path / "t")
+        return found(path, dir_fd)
+
+    def put_in_place(folder, dir_fd):
+        (tmp_path / "new").rename(tmp_path / "t")
+        return replaced(folder, dir_fd)
+
+    monkeypatch.setattr(checkpoint, "_exists", exists)
+    monkeypatch.setattr(checkpoint, "_replaced", put_in_place)
+    assert read_adapter(tmp_path / "t").config.r == 8 and asked
+
+
 def test_savers_wait_for_each_other(tmp_path):
     threads = [
         threading.Thread(target=staging.replace_directory, args=(tmp_path / "t", write_pair(i))) for i in range(12)
