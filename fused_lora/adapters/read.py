@@ -16,7 +16,7 @@ from fused_lora.adapters.expert_files import Stacked
 from fused_lora.modules import auxiliary
 from fused_lora.modules.arguments import check_int
 from fused_lora.modules.changes import changing, undone_on_error
-from fused_lora.modules.config import LayerTensors, LoraConfig, check_bool
+from fused_lora.modules.config import HEADS, LayerTensors, LoraConfig, check_bool
 from fused_lora.modules.experts import Stack, all_parameters, file_paths, form_of, match_parameters, stack_at
 from fused_lora.modules.inject import (
     LayerSpec,
@@ -153,7 +153,7 @@ def check_same(plan: Plan, path: str, weight: torch.Tensor, held: torch.Tensor) 
 
 
 def warn_left_out(model: nn.Module, plan: Plan) -> None:
-    """Warn of the keys that ``allow_partial`` left out, and of layers that the config names and the file has not."""
+    """Warn of keys that ``allow_partial`` left out, of layers that the config names and the file lacks, of no head."""
     if plan.left_out:
         text = (
             f"{plan.weights}: {len(plan.left_out)} of {len(plan.entries)} tensors are left out: {some(plan.left_out)}"
@@ -162,6 +162,10 @@ def warn_left_out(model: nn.Module, plan: Plan) -> None:
     if lacking := set(literal_targets(model, plan.config) or ()) - plan.slots.keys():
         text = f"{plan.weights}: target_modules names {len(lacking)} layers that the file has no tensors for"
         warnings.warn(f"{text}: {some(sorted(lacking))}", stacklevel=3)
+    heads = HEADS.get(plan.config.task_type or "", ()) if not plan.config.modules_to_save else ()
+    if here := [path for path, _ in candidates(model) if path.endswith(heads) and path not in plan.slots]:
+        text = f"{plan.weights}: task_type is {plan.config.task_type!r} and the file has no head"
+        warnings.warn(f"{text}; the model's own is used, {some(here)}", stacklevel=3)
 
 
 def warn_of_another_base(model: nn.Module, plan: Plan) -> None:

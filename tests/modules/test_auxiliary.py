@@ -1,5 +1,6 @@
 """What trains beside LoRA, next to PEFT: modules_to_save and trainable_token_indices."""
 
+import contextlib
 import copy
 import json
 import pickle
@@ -429,8 +430,14 @@ def test_a_bias_of_a_head_is_no_head(fields, tmp_path):
     tensors = peft.get_peft_model_state_dict(theirs.model, adapter_name="default")
     save_file({PREFIX + name: tensor for name, tensor in tensors.items()}, tmp_path / "adapter_model.safetensors")
     ours = copy.deepcopy(base)
-    assert not fused_lora.load_adapter(ours, tmp_path).modules_to_save
+    # PEFT's model of the task, which has a head of its own for each adapter, raises a KeyError
+    own = contextlib.nullcontext() if "score" in config.target_modules else pytest.warns(match=r"no head.*, 'score'$")
+    with own:
+        assert not fused_lora.load_adapter(ours, tmp_path).modules_to_save
     assert_close(output(ours), output(theirs.eval()), terms=1000)
+    if "score" not in config.target_modules:
+        with pytest.raises(KeyError):
+            peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
 
 
 def test_what_trains_and_is_not_saved_is_named(tmp_path):
