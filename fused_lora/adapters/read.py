@@ -16,7 +16,7 @@ from fused_lora.adapters.expert_files import Stacked
 from fused_lora.modules import auxiliary
 from fused_lora.modules.arguments import check_int
 from fused_lora.modules.changes import changing, undone_on_error
-from fused_lora.modules.config import HEADS, LayerTensors, LoraConfig, check_bool
+from fused_lora.modules.config import HEADS, FieldError, LayerTensors, LoraConfig, check_bool
 from fused_lora.modules.experts import Stack, all_parameters, file_paths, form_of, match_parameters, stack_at
 from fused_lora.modules.inject import (
     LayerSpec,
@@ -267,9 +267,9 @@ def check_model(model: nn.Module, plan: Plan, allow_partial: bool = False) -> Pl
 def _check_tying(model: nn.Module, plan: Plan, paths: list[str]) -> None:
     try:
         auxiliary.check_tying(model, plan.config, paths)
-    except ValueError as error:
-        field, _, text = str(error).partition(": expected ")
-        raise AdapterError(os.path.join(os.path.dirname(plan.weights), CONFIG_NAME), field, text, True) from None
+    except FieldError as error:
+        path = os.path.join(os.path.dirname(plan.weights), CONFIG_NAME)
+        raise AdapterError(path, error.field, error.expected, error.found) from None
 
 
 def _check_beside(model: nn.Module, plan: Plan, allow_partial: bool) -> Plan:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fused_lora.modules.changes import CHANGING, wait_for_change
-from fused_lora.modules.config import LoraConfig
+from fused_lora.modules.config import FieldValueError, LoraConfig
 from fused_lora.modules.merged_state import MergedState
 from fused_lora.modules.mixed import Context, MixedBatch, numbers_of
 from fused_lora.modules.names import some
@@ -432,7 +432,7 @@ def breaks_a_tie(model: nn.Module) -> bool:
 
 
 def check_tying(model: nn.Module, config: LoraConfig, paths: Iterable[str]) -> None:
-    """Raise ValueError where ``ensure_weight_tying`` asks that a tied embedding and head have one LoRA, or one copy."""
+    """Raise FieldValueError where ``ensure_weight_tying`` asks for one LoRA, or copy, of a tied embedding and head."""
     ends = embeddings(model) if config.extra.get("ensure_weight_tying") else []
     bases: list[Any] = [getattr(_original(end), "base_layer", _original(end)) for end in ends]
     if len({id(base._parameters.get("weight")) for base in bases}) == len(bases):
@@ -440,10 +440,9 @@ def check_tying(model: nn.Module, config: LoraConfig, paths: Iterable[str]) -> N
     modules = dict(named_modules(model))
     for path in paths:
         if any(part in ends for part in modules[path].modules()):
-            raise ValueError(
-                f"ensure_weight_tying: expected False for {path!r}, whose weight is that of the embedding and of the "
-                "head; here each has an adapter of its own. fused_lora.accelerate takes PEFT's model of such a config"
-            )
+            expected = f"False for {path!r}, whose weight is that of the embedding and of the head; here each has an"
+            expected += " adapter of its own. fused_lora.accelerate takes PEFT's model of such a config"
+            raise FieldValueError("ensure_weight_tying", expected, True)
 
 
 def _original(module: nn.Module) -> nn.Module:

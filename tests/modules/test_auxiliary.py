@@ -634,7 +634,7 @@ def test_one_adapter_for_an_embedding_and_its_head_is_refused(name, tmp_path):
     for fields in ({"target_modules": ["q_proj", name]}, {"target_modules": ["q_proj"], "modules_to_save": [name]}):
         base = llama(True)
         config = peft.LoraConfig(r=2, ensure_weight_tying=True, **fields)
-        with pytest.raises(ValueError, match="ensure_weight_tying: expected False for .* of the embedding and of the"):
+        with pytest.raises(ValueError, match="ensure_weight_tying must be False for .* of the embedding and of the"):
             fused_lora.inject(base, copy.deepcopy(config))
         peft.get_peft_model(llama(True), config).save_pretrained(tmp_path)
         for load in (fused_lora.load_adapter, lambda model, folder: AdapterStore(model).load("a", folder)):
