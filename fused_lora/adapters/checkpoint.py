@@ -482,14 +482,18 @@ def _exists(path: str, dir_fd: int | None) -> bool:
     return True
 
 
+def no_such_folder(path: str) -> str:
+    """What to say of a path that is no folder, but may be a name on a hub."""
+    hub = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) and not os.path.exists(path)
+    return "no such folder" + f"; of a hub, pass what huggingface_hub.snapshot_download({path!r}) returns" * bool(hub)
+
+
 @contextlib.contextmanager
 def _folder(folder: str) -> Iterator[int | None]:
     """Descriptor of ``folder``, so that both files come from one directory; None where directories cannot be opened."""
     try:
         if not os.path.isdir(folder):
-            hub = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", folder) and not os.path.exists(folder)
-            hint = f"; of a hub, pass what huggingface_hub.snapshot_download({folder!r}) returns" if hub else ""
-            raise AdapterError(folder, None, "a local folder with adapter_config.json", f"no such folder{hint}")
+            raise AdapterError(folder, None, "a local folder with adapter_config.json", no_such_folder(folder))
         fd = os.open(folder, os.O_RDONLY) if os.open in os.supports_dir_fd else None
     except (OSError, ValueError) as error:
         if isinstance(error, AdapterError):

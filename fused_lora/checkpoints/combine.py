@@ -20,9 +20,10 @@ from fused_lora.checkpoints.adapter_file import AdapterFile, Weighted, open_adap
 from fused_lora.checkpoints.changes import CAST
 from fused_lora.checkpoints.experts import common_parameters
 from fused_lora.checkpoints.factors import Layer, Parts, decompose, joined, largest_parts
-from fused_lora.checkpoints.files import Report, open_checkpoint
+from fused_lora.checkpoints.files import Checkpoint, Report, open_checkpoint
 from fused_lora.checkpoints.inspect import check_sizes
-from fused_lora.checkpoints.names import is_embedding, is_transposed
+from fused_lora.checkpoints.loading import model_names
+from fused_lora.checkpoints.names import HEADS, is_embedding, is_transposed
 from fused_lora.checkpoints.output import check_new
 from fused_lora.checkpoints.planning import names_of
 from fused_lora.checkpoints.quantised import find_quantised
@@ -153,8 +154,9 @@ def extract_adapter(
 ) -> NewAdapter:
     """An adapter out of two checkpoints: the ``rank`` largest singular values of what fine-tuning changed.
 
-    Weights [N, K] that differ get a layer, embeddings do not. What else differs is in ``left_out``. Matrices above 1024
-    rows and columns are decomposed by random projection; ``seed`` seeds it.
+    Weights [N, K] that differ get a layer, embeddings do not. What else differs is in ``left_out``, as embeddings and
+    heads of a resized vocabulary. Layers have the names of transformers' model, where it knows the base's config.
+    Matrices above 1024 rows and columns are decomposed by random projection; ``seed`` seeds it.
 
     Raises:
         AdapterError: a file is malformed, or the two do not have the same tensors; or nothing differs.
@@ -167,19 +169,28 @@ def extract_adapter(
     draw = torch.Generator().manual_seed(seed)
     old, new = open_checkpoint(base), open_checkpoint(tuned, "tuned")
     check_new("out", folder, [model.folder for model in (old, new) if model.whole])
-    if differ := sorted(old.tensors.keys() ^ new.tensors.keys()):
+    alone = sorted(old.tensors.keys() ^ new.tensors.keys())
+    if differ := [name for name in alone if not _is_head(name)]:
         raise AdapterError(new.folder, differ[0], f"the tensors of {old.folder!r}", f"others: {some(differ)}")
-    shapes, turned, report = {}, set(), NewAdapter(folder)
+    shapes, stored, turned, report = {}, {}, set(), NewAdapter(folder)
+    report.left_out += [name for name in alone if not _is_tied(old if name in old.tensors else new, name)]
+    names = model_names(old)
     for name, (shard, entry) in old.tensors.items():
+        if name in alone:
+            continue
         other = new.tensors[name][1]
         if other.shape != entry.shape:
-            raise AdapterError(new.tensors[name][0].path, name, f"a shape {list(entry.shape)}", list(other.shape))
+            if other.shape[1:] != entry.shape[1:] or not (is_embedding(name) or _is_head(name)):
+                raise AdapterError(new.tensors[name][0].path, name, f"a shape {list(entry.shape)}", list(other.shape))
+            report.left_out.append(name)  # of a resized vocabulary
+            continue
         if _same(shard.read(name), new.tensors[name][0].read(name)):
             continue
         weight = name.endswith(".weight") and len(entry.shape) == 2 and not is_embedding(name)
         if weight and entry.dtype in CAST and other.dtype in CAST:
-            path = name.removesuffix(".weight")
-            if is_transposed(path, old.config, False):
+            path = names.get(name, name).removesuffix(".weight")
+            stored[path] = name
+            if is_transposed(name.removesuffix(".weight"), old.config, False):
                 turned.add(path)
             N, K = entry.shape[::-1] if path in turned else entry.shape
             shapes[path] = (min(rank, N, K), K, N)
@@ -189,7 +200,7 @@ def extract_adapter(
         raise AdapterError(new.folder, None, "weights that differ from the base's", "none")
 
     def make(path: str) -> tuple[Tensor, Tensor]:
-        name = f"{path}.weight"
+        name = stored[path]
         delta = new.tensors[name][0].read(name).float() - old.tensors[name][0].read(name).float()
         if not bool(delta.isfinite().all()):
             raise AdapterError(new.tensors[name][0].path, name, "weights with a finite difference", "NaN or Inf")
@@ -204,6 +215,19 @@ def extract_adapter(
     )
     write_layers(folder, config, shapes, make, dtype)
     return report
+
+
+def _is_head(name: str) -> bool:
+    return name.endswith(".weight") and name.removesuffix(".weight").rpartition(".")[2] in HEADS
+
+
+def _is_tied(model: Checkpoint, name: str) -> bool:
+    """Whether a head is the model's input embedding, stored once more."""
+    shard, entry = model.tensors[name]
+    names = names_of(model, {})
+    path = names.embedding(entry.shape)
+    embedding = None if path is None else names.stored(f"{path}.weight")
+    return embedding is not None and _same(shard.read(name), model.tensors[embedding][0].read(embedding))
 
 
 def _check_method(method: Any, rank: Any, density: Any, majority_sign: Any) -> None:

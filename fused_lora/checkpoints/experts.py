@@ -70,15 +70,11 @@ def find_stack(names: Names, name: str) -> Stack | None:
     """Where the parameter ``name`` is; None for nowhere. Raises ValueError where it may be in several places."""
     module, _, last = name.rpartition(".")
     others = [module.removesuffix(new) + old for new, old in _ROUTERS if last == "weight" and module.endswith(new)]
-    places = [found for path in (module, *others) if (found := names.alias(f"{path}.{last}", "")) is not None]
+    places = [found for path in (module, *others) if (found := names.known(f"{path}.{last}", "")) is not None]
     if len(places) > 1:
         raise ValueError(f"{name!r} may be {some(places)}")
-    if places and (stored := names.stored(places[0])) is not None:
-        shape = names.shape_of(stored)
-        if len(shape) not in (2, 3):
-            return None
-        experts, rows, columns = shape if len(shape) == 3 else (1, *shape)
-        return Stack(name, (experts, rows, columns), [Matrix(stored)], True)
+    if places:
+        return _whole(names, name, places[0])
     found = [
         stack
         for parent in dict.fromkeys((module, *(module.replace(a, b) for b, a in OLD_PLACES.items())))
@@ -87,13 +83,21 @@ def find_stack(names: Names, name: str) -> Stack | None:
     ]
     if len(found) > 1:
         raise ValueError(f"{name!r} may be {some([stack.matrices[0].stored for stack in found])}")
-    return found[0] if found else None
+    return found[0] if found else _whole(names, name, names.alias(name, ""))
+
+
+def _whole(names: Names, name: str, place: str | None) -> Stack | None:
+    stored = None if place is None else names.stored(place)
+    if stored is None or len(shape := names.shape_of(stored)) not in (2, 3):
+        return None
+    experts, rows, columns = shape if len(shape) == 3 else (1, *shape)
+    return Stack(name, (experts, rows, columns), [Matrix(stored)], True)
 
 
 def _of_single_experts(names: Names, name: str, parent: str, parts: tuple[str, ...]) -> Stack | None:
     matrices, heights, columns = [], [], 0
     for expert in itertools.count():
-        paths = [names.alias(f"{parent}.{expert}.{part}") for part in parts]
+        paths = [names.known(f"{parent}.{expert}.{part}") for part in parts]
         if None in paths:
             break
         shapes = [names.shape(path) for path in paths if path is not None]

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fused_lora.adapters.checkpoint import CONFIG_NAME, WEIGHTS_NAME, path_text
+from fused_lora.adapters.checkpoint import CONFIG_NAME, WEIGHTS_NAME, no_such_folder, path_text
 from fused_lora.adapters.errors import AdapterError
 from fused_lora.adapters.tensorfile import (
     EVERY,
@@ -36,6 +36,8 @@ MODEL_CONFIG = "config.json"
 _INDEX_END = ".safetensors.index.json"
 _PART = re.compile(r"-\d+-of-(\d+)\.safetensors$")
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".npz")
+_PLAIN = ("model.safetensors", "diffusion_pytorch_model.safetensors")  # what from_pretrained takes, beside others
+_MOST_PLACES = 100  # that are looked at for a message
 _MAX_JSON_BYTES = 64 << 20
 _MAX_SHARD_BYTES = 1 << 50
 
@@ -120,13 +122,13 @@ def open_checkpoint(path: str | os.PathLike, argument: str = "base") -> Checkpoi
         shard = read_shard(folder, name)
         return Checkpoint(folder, False, [shard], _all_tensors([shard]))
     if not os.path.isdir(text):
-        raise AdapterError(text, None, "a folder with a checkpoint, or a .safetensors file", "no such folder or file")
+        raise AdapterError(text, None, "a folder with a checkpoint, or a .safetensors file", no_such_folder(text))
     folder = os.path.realpath(text)
     names = sorted(os.listdir(folder))
     found = [name for name in names if name.endswith(_INDEX_END)]
     single = [n for n in names if n.endswith(".safetensors") and n != WEIGHTS_NAME]
-    if "model.safetensors" in single and not found:
-        single = ["model.safetensors"]  # what from_pretrained takes
+    if not found:
+        single = [n for n in single if n in _PLAIN] or single
     if not found and (parts := [n for n in single if (part := _PART.search(n)) and int(part[1]) > 1]):
         index_name = _PART.sub(_INDEX_END, parts[0])
         raise AdapterError(folder, None, f"{index_name}, the index of its shards", f"no such file beside {some(parts)}")
@@ -137,12 +139,14 @@ def open_checkpoint(path: str | os.PathLike, argument: str = "base") -> Checkpoi
         index = read_json(os.path.join(folder, index_name))
         shard_names = _names_of(os.path.join(folder, index_name), index)
         if single and "model.safetensors" in single and "model.safetensors" not in shard_names:
-            raise AdapterError(folder, None, "one checkpoint", f"{index_name!r} and 'model.safetensors'")
+            expected = "one checkpoint; from_pretrained takes the one file: name it, or move it away"
+            raise AdapterError(folder, None, expected, f"{index_name!r} and 'model.safetensors'")
     elif single:
         shard_names = single
     else:
-        pickled = [name for name in names if name.endswith(_WEIGHTS)]
-        text = f"only {some(pickled)}; save the model with safetensors first" if pickled else "no file of weights"
+        pickled = [name for name in names if name.endswith(_WEIGHTS) and name != WEIGHTS_NAME]
+        text = f"only {some(pickled)}; save the model with safetensors first" if pickled else _elsewhere(folder)
+        text = "an adapter's alone" if WEIGHTS_NAME in names and not pickled else text
         raise AdapterError(folder, None, "a checkpoint of .safetensors files", text)
     shards = [read_shard(folder, name) for name in shard_names]
     tensors = _all_tensors(shards)
@@ -152,6 +156,18 @@ def open_checkpoint(path: str | os.PathLike, argument: str = "base") -> Checkpoi
     config = _read_config(path) if os.path.lexists(path) else None
     carried = _others(folder, {*shard_names, *found, MODEL_CONFIG})
     return Checkpoint(folder, True, shards, tensors, index_name, index, config, *carried)
+
+
+def _elsewhere(folder: str) -> str:
+    """That a folder has no weights, and which of those inside have: a pipeline of diffusers, or the cache of a hub."""
+    found = []
+    for where, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        if any(name.endswith(".safetensors") for name in names):
+            found.append(os.path.relpath(where, folder))
+        if len(found) == _MOST_PLACES or where.count(os.sep) - folder.count(os.sep) >= 2:
+            folders.clear()
+    return f"no file of weights; there are some in {some(found)}: name that folder" if found else "no file of weights"
 
 
 def read_shard(folder: str, name: str) -> Shard:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+from fused_lora.checkpoints.loading import Loaded, loaded_names
 from fused_lora.modules.names import TEXT_INSIDE, likely_rename, other_beginnings, some
 from fused_lora.modules.tree import own_path
 
@@ -29,6 +30,7 @@ _FUSED = {
 }
 # the codes of a quantised weight, in its place -> the library that lays them out
 _PACKED = {"qweight": "GPTQ or AWQ", "_weight_qdata": "torchao", "weight_packed": "compressed-tensors", "W_q": "HQQ"}
+_PACKED |= {"codes": "AQLM"}
 # models whose blocks have transformers' Conv1D, with weights [K, N], and what these layers are called
 _WITH_CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder")
 _CONV1D = ("c_attn", "q_attn", "c_proj", "c_fc")
@@ -80,10 +82,18 @@ class Names:
     Args:
         shapes: {tensor: shape} of the checkpoint.
         rename: beginnings of the adapter's paths -> what stands in the checkpoint in their place.
+        folder: with the model's config, by which transformers is asked for its names where no rule here knows.
     """
 
-    def __init__(self, shapes: Mapping[str, tuple[int, ...]], rename: Mapping[str, str] | None = None):
+    def __init__(
+        self,
+        shapes: Mapping[str, tuple[int, ...]],
+        rename: Mapping[str, str] | None = None,
+        folder: str | None = None,
+    ):
         self.rename = Rename(rename)
+        self._folder = folder
+        self._loaded: dict[str, Loaded] | None = None if folder else {}
         self._stored = {own_path(name): name for name in shapes}
         self._shapes = shapes
 
@@ -101,9 +111,19 @@ class Names:
 
     def near(self, path: str) -> str:
         """Tensors of the checkpoint, those whose names are like ``path`` first."""
-        return f"it has {some(list(self._stored), near=path)}"
+        has = f"it has {some(list(self._stored), near=path)}"
+        packed = next((n for n in self._stored if n.startswith(f"{path}.") and n.endswith("_blocks")), None)
+        return f"{has}; {packed} is of MXFP4, which cannot be dequantised here" if packed else has
 
     def alias(self, path: str, end: str = ".weight") -> str | None:
+        """As :meth:`known`, and else by transformers' own rules, which takes seconds."""
+        if (found := self.known(path, end)) is not None:
+            return found
+        place = self._as_loaded(f"{path}{end}")
+        stored = own_path(place.stored) if place is not None and place.parts == 1 else ""
+        return stored.removesuffix(end) if stored and stored.endswith(end) else None
+
+    def known(self, path: str, end: str = ".weight") -> str | None:
         """The path under which the checkpoint has the module ``path``; None for none.
 
         Raises ValueError where several rules give several modules.
@@ -117,23 +137,33 @@ class Names:
             raise ValueError(f"{path!r} may be {some(sorted(found))}: say which with rename")
         return found.pop() if found else None
 
+    def _as_loaded(self, name: str) -> Loaded | None:
+        """Where a parameter of the model is by transformers' own rules; None with ``rename``, which says it."""
+        if self._loaded is None:
+            self._loaded = loaded_names(self._folder or "", self._shapes)
+        return None if self.rename(name) is not None else self._loaded.get(name)
+
     def places(self, path: str, sizes: Mapping[str, int]) -> list[Place]:
         """Where the layer ``path`` is; empty for nowhere. ``sizes``: {path: rows of lora_B} of the whole adapter."""
-        if (found := self.alias(path)) is not None:
+        if (found := self.known(path)) is not None:
             return [Place(found, 0, sizes[path], 0, sizes[path])]
         parent, _, last = path.rpartition(".")
         for fused, parts in _FUSED.items():
-            if last == fused:
-                return self._apart(parent, parts, sizes[path])
-            if last in parts and (found := self.alias(_join(parent, fused))) is not None:
+            if last == fused and (places := self._apart(parent, parts, sizes[path])):
+                return places
+            if last in parts and (found := self.known(_join(parent, fused))) is not None:
                 return self._inside(found, parent, parts, last, sizes)
+        if (place := self._as_loaded(f"{path}.weight")) is not None and place.stored.endswith(".weight"):
+            rows = sizes[path]
+            whole, first = own_path(place.stored).removesuffix(".weight"), rows * place.part
+            return [Place(whole, first, first + rows, 0, rows * place.parts)]
         return []
 
     def _apart(self, parent: str, parts: tuple[str, ...], total: int) -> list[Place]:
         """A layer that is fused in the adapter and in parts in the checkpoint."""
         places, skip = [], 0
         for part in parts:
-            if (found := self.alias(_join(parent, part))) is None:
+            if (found := self.known(_join(parent, part))) is None:
                 return []
             rows = self.shape(found)[0]
             places.append(Place(found, 0, rows, skip, rows))

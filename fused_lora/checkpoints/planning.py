@@ -67,7 +67,8 @@ def plan_changes(base: Checkpoint, adapters: Sequence[AdapterFile], rename: Mapp
 def names_of(base: Checkpoint, packed: Mapping[str, Packed], rename: Mapping[str, str] | None = None) -> Names:
     """Of a checkpoint's weights, the quantised ones (``find_quantised``) among them."""
     shapes = {name: entry.shape for name, (_, entry) in base.tensors.items()}
-    return Names(shapes | {name: p.shape for name, p in packed.items()}, rename)
+    folder = None if base.config is None else base.folder
+    return Names(shapes | {name: p.shape for name, p in packed.items()}, rename, folder)
 
 
 class _Planner:
@@ -162,6 +163,7 @@ class _Planner:
         name = f"{place.path}.weight"
         stored = self.names.stored(name) or self.found[name].source
         shape = self.names.shape_of(stored)
+        self._check_dense(adapter, path, stored)
         turned = is_transposed(place.path, self._base.config, plan.config.fan_in_fan_out)
         transposed = turned or path in plan.embeddings
         K = plan.entries[keys["lora_A"]].shape[1]
@@ -196,13 +198,10 @@ class _Planner:
         self, adapter: AdapterFile, path: str, stored: str, transposed: bool, name: str | None = None
     ) -> Change:
         """The merge of a stored weight, of which a layer may be a part; ``name``: of a tensor added to the base."""
-        key, entry = adapter.plan.slots[path]["lora_A"], self._base.tensors[stored][1]
-        weights = adapter.plan.weights
+        weights, key = adapter.plan.weights, adapter.plan.slots[path]["lora_A"]
         if stored in self._packed and transposed:
             raise AdapterError(weights, key, f"a delta as {stored!r} is stored, for it is quantised", "transposed")
-        if stored not in self._packed and (entry.dtype not in CAST or f"{stored}_scale_inv" in self._base.tensors):
-            expected = f"fp32, bf16, fp16 or fp64 weights of {path!r}, or those of bitsandbytes or block-scaled fp8"
-            raise AdapterError(weights, key, expected, f"{entry.dtype} in {stored!r}, which cannot be dequantised")
+        self._check_dense(adapter, path, stored)
         place = name if name in self.found else stored
         change = self.found.setdefault(place, Change(stored, stored, "merge", transposed=transposed))
         if change.kind != "merge":
@@ -213,6 +212,15 @@ class _Planner:
             expected = f"the orientation of the other adapters of {stored!r}"
             raise AdapterError(weights, key, expected, "transposed" if transposed else "not transposed")
         return change
+
+    def _check_dense(self, adapter: AdapterFile, path: str, stored: str) -> None:
+        """AdapterError unless numbers can be added to a stored weight, or to what it is dequantised to."""
+        dtype = self._base.tensors[stored][1].dtype
+        if stored not in self._packed and (dtype not in CAST or f"{stored}_scale_inv" in self._base.tensors):
+            key = adapter.plan.slots[path]["lora_A"]
+            expected = f"fp32, bf16, fp16 or fp64 weights of {path!r}, or those of bitsandbytes or block-scaled fp8"
+            found = f"{dtype} in {stored!r}, which cannot be dequantised"
+            raise AdapterError(adapter.plan.weights, key, expected, found)
 
     def _add_term(self, change: Change, first: int, stop: int, term: Term) -> None:
         try:
@@ -295,7 +303,7 @@ class _Planner:
             return self._replace(adapter, f"{path}.weight", key, list(tokens))
         path = name.rpartition(".")[0]
         head = path.rpartition(".")[2] in HEADS
-        if head and self._base.config is not None and self.names.alias(path) is None:
+        if head and self._base.config is not None and self.names.known(path) is None:
             embedding = self.names.embedding(plan.entries[key].shape)
             if embedding is not None:
                 if name in self.found:
@@ -322,7 +330,7 @@ class _Planner:
         """Where an embedding changes alone and a head is tied to it, the head keeps the old weight, as a tensor of its
         own: the adapted model computes with it. Refused where the head's name is not known."""
         config = self._base.config or {}
-        stored = any(self.names.alias(head) for head in HEADS)
+        stored = any(self.names.known(head) for head in HEADS)
         with_head = any(part in name for part in _WITH_HEAD for name in self._models)
         headless = bool(self._models) and all(name.endswith(_WITHOUT_HEAD) for name in self._models)
         tied = config.get("tie_word_embeddings", with_head) and not (stored or headless)
