@@ -61,7 +61,7 @@ _LISTED = 1000  # entries of a folder that are looked at for a message
 class Adapter(NamedTuple):
     """A checkpoint: its config, the tensors of each module path, with ``bias="all"`` the biases of other modules by
     parameter path, what trained beside LoRA (modules_to_save, trainable_token_indices) by key without prefix, and
-    copies of the base's weights by module path. Of stacked experts the path is that of the parameter."""
+    copies of the base's parameters by their paths. Of stacked experts the path is that of the parameter."""
 
     config: LoraConfig
     layers: dict[str, LayerTensors]
@@ -73,11 +73,11 @@ class Adapter(NamedTuple):
 class Plan(NamedTuple):
     """What the file headers say before a tensor is read: for each path its keys by field, its rank and its alpha;
     the keys of what trained beside LoRA, by key without prefix; the keys that ``allow_partial`` leaves out; how the
-    base was quantised, by path; the keys of copies of the base's weights, by path; the paths that are embeddings,
-    whose lora_A is [r, num_embeddings] and lora_B [embedding_dim, r]; of stacked experts, how many by the parameter's
-    path; and the paths that are PEFT's wrappers of parameters (target_parameters), with the names that the parameter
-    may have, where no model says which. Of these the rank is not known yet: lora_A [experts * r, K] and lora_B
-    [N, r * experts] do not tell it."""
+    base was quantised, by path; the keys of copies of the base's parameters, by their paths; the paths that are
+    embeddings, whose lora_A is [r, num_embeddings] and lora_B [embedding_dim, r]; of stacked experts, how many by the
+    parameter's path; and the paths that are PEFT's wrappers of parameters (target_parameters), with the names that the
+    parameter may have, where no model says which. Of these the rank is not known yet: lora_A [experts * r, K] and
+    lora_B [N, r * experts] do not tell it."""
 
     config: LoraConfig
     weights: str
@@ -193,7 +193,8 @@ def _read_once(
         if names := renamed([name for name in slots if name not in experts], modules):
             _check_patterns(config_path, config, names)
             slots = {names.get(name, name): keys for name, keys in slots.items()}
-            copies = {names.get(name, name): key for name, key in copies.items()}
+            paths = {name: name.rpartition(".") for name in copies}
+            copies = {f"{names.get(path, path)}.{end}": copies[name] for name, (path, _, end) in paths.items()}
             embeddings = {names.get(name, name) for name in embeddings}
         ranks = _ranks(folder, path, entries, slots, config, experts, stacks)
         others = beside, left_out, header.base, copies, embeddings, experts, stacks
@@ -282,7 +283,7 @@ def _sort_keys(
     all_kinds: bool,
 ) -> tuple[dict[str, dict[str, str]], dict[str, str], dict[str, str], tuple[str, ...], dict[str, str], set[str]]:
     """Keys of each module path by field of LayerTensors, keys of other biases by parameter path, keys of what trained
-    beside LoRA, keys left out, keys of copied weights by module path, and the paths of embeddings."""
+    beside LoRA, keys left out, keys of copies of the base's by parameter path, and the paths of embeddings."""
     slots: dict[str, dict[str, str]] = {}
     biases: dict[str, str] = {}
     beside: dict[str, str] = {}
@@ -316,9 +317,10 @@ def _sort_keys(
             raise AdapterError(path, key, f"dtype {', '.join(DTYPES)}", str(dtype))
     copies: dict[str, str] = {}
     for key in unread if all_kinds and not allow_partial else ():
-        layer = own_path(key).removeprefix(KEY_PREFIX).removesuffix(".weight").removesuffix(".base_layer")
-        if key.endswith(".weight") and layer in slots:
-            copies[layer] = key
+        layer, _, end = own_path(key).removeprefix(KEY_PREFIX).rpartition(".")
+        layer = layer.removesuffix(".base_layer")
+        if end in ("weight", "bias") and layer in slots:
+            copies[f"{layer}.{end}"] = key
     unread = [key for key in unread if key not in copies.values()]
     # a layer without one of its parts is another layer, which nobody can mean
     parts = [key for key in unread if key.rpartition(".lora_")[0].removeprefix(KEY_PREFIX) in slots]

@@ -137,19 +137,20 @@ def check_copies(model: nn.Module, adapter: Adapter, plan: Plan) -> None:
     model's.
     """
     modules = dict(candidates(model))
-    for path, held in adapter.copies.items():
-        weight: Any = base_layer_of(modules[path]).weight
-        check_same(plan, path, weight.detach(), held)
+    for name, held in adapter.copies.items():
+        path, _, end = name.rpartition(".")
+        own: Any = getattr(base_layer_of(modules[path]), end)
+        check_same(plan, name, own.detach(), held)
 
 
-def check_same(plan: Plan, path: str, weight: torch.Tensor, held: torch.Tensor) -> None:
-    """Raise AdapterError unless a weight of the base and the file's copy of it are the same, bit for bit."""
+def check_same(plan: Plan, name: str, weight: torch.Tensor, held: torch.Tensor) -> None:
+    """Raise AdapterError unless a parameter of the base and the file's copy of it are the same, bit for bit."""
     wide = torch.promote_types(weight.dtype, held.dtype)
     differ = int((bits(weight.to(wide).cpu()) != bits(held.to(wide))).sum())
     if differ:
         found = f"a parameter of the base model, which an adapter must not replace: {differ} of {held.numel()} elements"
         found += " differ; it was trained over another base, or trained the weight"
-        raise AdapterError(plan.weights, plan.copies[path], f"the weight of the base's own {path}, bit for bit", found)
+        raise AdapterError(plan.weights, plan.copies[name], f"the base's own {name}, bit for bit", found)
 
 
 def warn_left_out(model: nn.Module, plan: Plan) -> None:
@@ -250,11 +251,12 @@ def check_model(model: nn.Module, plan: Plan, allow_partial: bool = False) -> Pl
             _check_targets(plan, set(named))
         fitting &= set(named)
     slots = {path: keys for path, keys in plan.slots.items() if path in fitting}
-    copies = {path: key for path, key in plan.copies.items() if path in fitting}
-    for path, key in copies.items():
-        _check_copy(base_layer_of(modules[path]), plan, key)
+    copies = {name: key for name, key in plan.copies.items() if name.rpartition(".")[0] in fitting}
+    for name, key in copies.items():
+        path, _, end = name.rpartition(".")
+        _check_copy(base_layer_of(modules[path]), end, plan, key)
     left_out = [key for path, keys in plan.slots.items() if path not in fitting for key in keys.values()]
-    left_out += [key for path, key in plan.copies.items() if path not in fitting]
+    left_out += [key for name, key in plan.copies.items() if name not in copies]
     plan = plan._replace(slots=slots, left_out=(*plan.left_out, *left_out), copies=copies)
     plan = _check_beside(model, plan, allow_partial)
     if plan.config.bias != "all":
@@ -346,17 +348,17 @@ def _check_layer(model: nn.Module, modules: Mapping[str, nn.Module], path: str, 
         raise AdapterError(plan.weights, key, text, brings)
 
 
-def _check_copy(base: nn.Module, plan: Plan, key: str) -> None:
-    """Raise AdapterError unless the header's copy of a base weight can be compared with the model's."""
-    weight = base._parameters.get("weight")
+def _check_copy(base: nn.Module, end: str, plan: Plan, key: str) -> None:
+    """Raise AdapterError unless the header's copy of a weight or bias of the base can be compared with the model's."""
+    weight = base._parameters.get(end)
     if type(weight) is not nn.Parameter or weight.is_meta or not weight.is_floating_point():
-        kind = "no plain weight" if weight is None else f"a {type(weight).__name__} of {weight.dtype}"
+        kind = f"no plain {end}" if weight is None else f"a {type(weight).__name__} of {weight.dtype}"
         raise AdapterError(
-            plan.weights, key, "no copy of a weight that cannot be compared", f"one; the layer has {kind}"
+            plan.weights, key, f"no copy of a {end} that cannot be compared", f"one; the layer has {kind}"
         )
     shape = plan.entries[key].shape
     if shape != tuple(weight.shape):
-        what = f"a copy of the model's weight, {list(weight.shape)}"
+        what = f"a copy of the model's {end}, {list(weight.shape)}"
         raise AdapterError(plan.weights, key, what, f"{list(shape)} (a resized vocabulary?)")
 
 

@@ -52,7 +52,9 @@ _ENDS = (
     (re.compile(r"\.lora_embedding_B(?:\.[^.]+)?$"), "embedding B"),
     (re.compile(r"\.lora_magnitude_vector(?:\.(?!weight$)[^.]+)?(?:\.weight)?$"), "magnitude"),
     (re.compile(r"\.base_layer\.weight$"), "copy"),  # of the base's, as PEFT writes it for embeddings and heads
+    (re.compile(r"\.base_layer\.bias$"), "copied bias"),  # of a head
 )
+_COPIES = {"copy": "weight", "copied bias": "bias"}
 _KOHYA = re.compile(r"^lora_(?:unet|te\d?|transformer|prior_unet)_")
 # where diffusers notes the LoraConfig of a model, or those of a pipeline with "unet." and the like before each field
 _NOTED = "lora_adapter_metadata"
@@ -169,7 +171,7 @@ def convert_adapter(
             for part in "AB":
                 if part not in parts:
                     raise AdapterError(file_path, path, f"a lora_{part}", f"only {some(parts.values())}")
-            for part in ("A", "B", "magnitude", "copy"):
+            for part in ("A", "B", "magnitude", *_COPIES):
                 if part in parts and not (kind := header.entries[parts[part]].dtype).is_floating_point:
                     raise AdapterError(file_path, parts[part], "a floating dtype", kind)
             if alpha := parts.get("alpha"):
@@ -249,9 +251,10 @@ def convert_adapter(
                 entry = TensorEntry(kind, header.entries[key].shape, 0, 0)
                 further[f"{KEY_PREFIX}{path}.lora_magnitude_vector"] = entry, partial(finite, key, kind)
                 target = LoraConfig.from_dict({**target.to_dict(), "use_dora": True})
-            if key := parts.get("copy"):
-                entry = header.entries[key]
-                further[f"{KEY_PREFIX}{path}.base_layer.weight"] = entry, partial(finite, key, entry.dtype)
+            for part, end in _COPIES.items():
+                if key := parts.get(part):
+                    entry = header.entries[key]
+                    further[f"{KEY_PREFIX}{path}.base_layer.{end}"] = entry, partial(finite, key, entry.dtype)
         for key, path in trained.items():
             entry = header.entries[key]
             held = dtype if dtype is not None and entry.dtype.is_floating_point else entry.dtype
@@ -275,9 +278,11 @@ def _trains(config: LoraConfig, key: str) -> bool:
         return True
     if config.trainable_token_indices and key.endswith(".trainable_tokens_delta"):
         return True
+    if config.bias != "none" and key.endswith(".bias") and ".lora_" not in key:
+        return True
     if any(end.search(key) for end, _ in _ENDS) or ".lora_" in key:
         return False
-    return _under(key, config.modules_to_save or ()) or (config.bias != "none" and key.endswith(".bias"))
+    return _under(key, config.modules_to_save or ())
 
 
 def _under(key: str, names: Iterable[str]) -> bool:
@@ -353,13 +358,18 @@ def _check_further(
     """What may be beside A and B: a magnitude of all linear layers or none, copies of embeddings and heads."""
     dora = any("magnitude" in parts for parts in layers.values()) or (config is not None and config.use_dora)
     for path, parts in layers.items():
-        copied, key = parts.get("copy"), parts.get("magnitude")
-        if copied is not None and path not in embeddings and path.rpartition(".")[2] not in HEADS:
-            raise AdapterError(file_path, copied, "a base's weight of an embedding or a head alone", "another layer's")
+        key = parts.get("magnitude")
         sizes = entries[parts["B"]].shape[0], entries[parts["A"]].shape[1]
-        wanted = sizes[::-1] if path in embeddings else sizes
-        if copied is not None and entries[copied].shape != wanted:
-            raise AdapterError(file_path, copied, f"a base's weight {list(wanted)}", list(entries[copied].shape))
+        wanted = {"copy": sizes[::-1] if path in embeddings else sizes, "copied bias": sizes[:1]}
+        for part, end in _COPIES.items():
+            if (copied := parts.get(part)) is None:
+                continue
+            if path not in embeddings and path.rpartition(".")[2] not in HEADS:
+                expected = f"a base's {end} of an embedding or a head alone"
+                raise AdapterError(file_path, copied, expected, "another layer's")
+            if entries[copied].shape != wanted[part]:
+                text = f"a base's {end} {list(wanted[part])}"
+                raise AdapterError(file_path, copied, text, list(entries[copied].shape))
         if path in embeddings and dora:
             raise AdapterError(file_path, parts["A"], "LoRA on linear layers alone beside DoRA", "an embedding")
         if dora and (key is None or entries[key].shape != (entries[parts["B"]].shape[0],)):

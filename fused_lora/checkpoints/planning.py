@@ -5,19 +5,23 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+import torch
 
 from fused_lora.adapters.checkpoint import CONFIG_NAME
 from fused_lora.adapters.errors import AdapterError
 from fused_lora.adapters.read import check_same
+from fused_lora.adapters.tensorfile import TensorEntry
 from fused_lora.checkpoints.adapter_file import AdapterFile
 from fused_lora.checkpoints.changes import CAST, Change, Item, Segment, Term, rows_of
 from fused_lora.checkpoints.check import read_rows
 from fused_lora.checkpoints.experts import Adapted, adapted_stacks
-from fused_lora.checkpoints.files import Checkpoint
+from fused_lora.checkpoints.files import Checkpoint, Shard
 from fused_lora.checkpoints.names import HEADS, Names, Place, is_embedding, is_transposed
 from fused_lora.checkpoints.quantised import Packed, find_quantised
+from fused_lora.checkpoints.stream import PIECE_BYTES, read_bytes
 from fused_lora.modules.auxiliary import TOKENS_END
 from fused_lora.modules.names import some
 
@@ -29,6 +33,7 @@ _TIED_FURTHER = ("Blt", "NeoMME", "ProphetNet")  # beside the head
 # causal models whose head has another name, or that tie more than it
 _OTHERWISE = ("BioGpt", "Git", "ModernBert", "Rwkv", "TrOCR", "Whisper", *_TIED_FURTHER)
 _RESIZED = " (a resized vocabulary? resize the base's, save it, and merge into that)"
+_NEW_HEAD = " (a head of the task? load the base as the class that the adapter is for, save it, and merge into that)"
 _OTHER_HEADS = ("lm_head.dense.", "cls.predictions.", "generator_predictions.", "embed_in.")  # tensors beside others
 
 
@@ -98,8 +103,9 @@ class _Planner:
         for path, found in places.items():
             for place in found:
                 self._merge(adapter, path, place)
-                if path in plan.copies:
-                    self._check_copy(adapter, path, place)
+                for end in ("weight", "bias"):
+                    if f"{path}.{end}" in plan.copies:
+                        self._check_copy(adapter, path, place, end)
             self._biases(adapter, path, found)
         for adapted in stacks:
             self._merge_stack(adapter, adapted)
@@ -230,11 +236,14 @@ class _Planner:
             expected = f"one layer for {change.source!r}"
             raise AdapterError(plan.weights, plan.slots[term.path]["lora_A"], expected, str(error)) from None
 
-    def _check_copy(self, adapter: AdapterFile, path: str, place: Place) -> None:
-        """PEFT saves the base's weight beside the LoRA of embeddings and heads. It must be the base's to the bit."""
-        plan, name = adapter.plan, f"{place.path}.weight"
-        shard, entry = self._base.tensors[self.names.stored(name) or self.found[name].source]
-        key = plan.copies[path]
+    def _check_copy(self, adapter: AdapterFile, path: str, place: Place, end: str) -> None:
+        """PEFT saves the base's weight, and bias, beside the LoRA of embeddings and heads. It must be the base's to the
+        bit."""
+        plan, name = adapter.plan, f"{place.path}.{end}"
+        key, stored = plan.copies[f"{path}.{end}"], self.names.stored(name)
+        if stored is None and name not in self.found:
+            raise AdapterError(plan.weights, key, f"a tensor {name!r} in {self._base.folder!r}", "no such name")
+        shard, entry = self._base.tensors[stored or self.found[name].source]
         if not _is_whole([place], adapter, path) or plan.entries[key].shape != entry.shape:
             expected = f"a shape {list(entry.shape)}, as the base has {path!r}"
             raise AdapterError(plan.weights, key, expected, f"{list(plan.entries[key].shape)}{_RESIZED}")
@@ -244,7 +253,7 @@ class _Planner:
             for first in range(0, rows.height, rows.step):
                 stop = min(first + rows.step, rows.height)
                 own = read_rows(shard.path, file.fileno(), shard.data + entry.begin, rows, first, stop)
-                check_same(plan, path, own, held[first:stop])
+                check_same(plan, f"{path}.{end}", own.view(-1, *entry.shape[1:]), held[first:stop])
 
     def _check_dora(self, adapter: AdapterFile, key: str, transposed: bool) -> None:
         if adapter.weight != 1:
@@ -282,7 +291,8 @@ class _Planner:
         except ValueError as error:
             raise AdapterError(weights, key, "one tensor of the checkpoint", str(error)) from None
         if alias is None:
-            raise AdapterError(weights, key, f"a tensor {name!r} in {self._base.folder!r}", "no such name")
+            found = f"no such name{_NEW_HEAD if name in adapter.plan.beside else ''}"
+            raise AdapterError(weights, key, f"a tensor {name!r} in {self._base.folder!r}", found)
         stored = self.names.stored(f"{alias}.{end}")
         assert stored is not None
         self._check_shape(adapter, key, stored, rows)
@@ -330,10 +340,12 @@ class _Planner:
         """Where an embedding changes alone and a head is tied to it, the head keeps the old weight, as a tensor of its
         own: the adapted model computes with it. Refused where the head's name is not known."""
         config = self._base.config or {}
-        stored = any(self.names.known(head) for head in HEADS)
+        stored = next((f"{found}.weight" for head in HEADS if (found := self.names.known(head))), None)
         with_head = any(part in name for part in _WITH_HEAD for name in self._models)
         headless = bool(self._models) and all(name.endswith(_WITHOUT_HEAD) for name in self._models)
-        tied = config.get("tie_word_embeddings", with_head) and not (stored or headless)
+        tied = config.get("tie_word_embeddings", with_head) and not headless
+        if stored is not None:
+            return self._change_copy(stored) if tied else None
         other = any(part in name for part in _OTHER_HEADS for name in self._base.tensors)
         heads = {change.source for change in self.found.values() if change.added}
         for change in list(self.found.values()):
@@ -348,6 +360,23 @@ class _Planner:
             name = f"{HEADS[0]}.weight"
             self.found[name] = Change(name, change.source, "copy", added=True)
             self._untie()
+
+    def _change_copy(self, head: str) -> None:
+        """Of a head that the config ties to the embedding, and that is stored, too, with the same bytes: it gets the
+        embedding's trained tokens. Where all of the embedding changes, the head keeps the old weight and is untied."""
+        for change in list(self.found.values()):
+            held = change.held if change.kind != "merge" else change.embedded()
+            if held is None or change.source == head or not self._is_of_tokens(change):
+                continue
+            if not _same_bytes(*self._base.tensors[change.source], *self._base.tensors[head]):
+                continue
+            if change.kind != "rows":
+                self._check_untied(*held)
+                self._untie()
+            elif self.found.setdefault(head, replace(change, name=head, source=head)).kind != "rows":
+                adapter, key = held
+                found = f"{change.source!r}, to which the head is tied"
+                raise AdapterError(adapter.plan.weights, key, "an embedding of its own", found)
 
     def _is_of_tokens(self, change: Change) -> bool:
         """Whether it is the embedding of the input's tokens, by its name, or as one that has a row for each."""
@@ -374,6 +403,22 @@ class _Planner:
                 f"for: {some(lacking)}",
                 stacklevel=4,
             )
+
+
+def _same_bytes(shard: Shard, entry: TensorEntry, other: Shard, second: TensorEntry) -> bool:
+    if (entry.dtype, entry.shape) != (second.dtype, second.shape):
+        return False
+    size, begins = entry.end - entry.begin, (shard.data + entry.begin, other.data + second.begin)
+    with open(shard.path, "rb", buffering=0) as a, open(other.path, "rb", buffering=0) as b:
+        for at in range(0, size, PIECE_BYTES):
+            count = min(PIECE_BYTES, size - at)
+            parts = (
+                read_bytes(shard.path, a.fileno(), begins[0] + at, count),
+                read_bytes(other.path, b.fileno(), begins[1] + at, count),
+            )
+            if not torch.equal(*parts):
+                return False
+    return True
 
 
 def _is_whole(places: Sequence[Place], adapter: AdapterFile, path: str) -> bool:

@@ -1,0 +1,107 @@
+"""Heads of published bases: tied and stored, too; with a bias; not there."""
+
+import json
+
+import peft
+import pytest
+import torch
+import transformers as tf
+from safetensors.torch import save_file
+
+from fused_lora.adapters import AdapterError
+from fused_lora.checkpoints import convert_adapter, merge_checkpoint, shrink_adapter, unmerge_checkpoint
+from fused_lora.testing.numeric import assert_close
+from helpers.checkpoint_files import SINGLE, change, contents, read_all
+from helpers.published import SIZES, TEXT, adapted, built
+from helpers.seeds import shifted
+
+TWICE = {  # what trains -> the config's tie afterwards
+    "tokens": (dict(trainable_token_indices=[3, 7]), True),
+    "a whole embedding": (dict(modules_to_save=["embed_tokens"]), False),
+    "LoRA on an embedding": (dict(target_modules=["q_proj", "embed_tokens"]), False),
+    "LoRA on a head": (dict(target_modules=["q_proj", "lm_head"]), False),
+}
+
+
+@pytest.mark.parametrize("name", TWICE)
+def test_a_tied_head_that_is_stored_too(tmp_path, name):
+    """A loader that ties by the config, as transformers 4 and vLLM do, and one that compares both give PEFT's model."""
+    config, tied = TWICE[name]
+    built(tf.LlamaForCausalLM, dict(TEXT, tie_word_embeddings=True), tmp_path / "base")
+    weight = read_all(tmp_path / "base")["model.embed_tokens.weight"]
+    change(tmp_path / "base" / SINGLE, **{"lm_head.weight": weight.clone()})
+    model = tf.LlamaForCausalLM.from_pretrained(tmp_path / "base").eval()
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=4, **{"target_modules": ["q_proj"], **config}))
+    draw = torch.Generator().manual_seed(shifted(3))
+    with torch.no_grad():
+        for parameter in wrapped.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=draw) * 0.1)
+    wrapped.save_pretrained(tmp_path / "adapter")
+    merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", record=tmp_path / "record")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is tied
+    held = read_all(tmp_path / "out")
+    assert torch.equal(held["lm_head.weight"], held["model.embed_tokens.weight"]) is tied
+    merged, ids = tf.LlamaForCausalLM.from_pretrained(tmp_path / "out").eval(), torch.arange(1, 9)[None]
+    with torch.no_grad():
+        assert_close(merged(ids).logits, wrapped.eval()(ids).logits, terms=1000)
+    unmerge_checkpoint(tmp_path / "out", tmp_path / "record", tmp_path / "back")
+    assert contents(tmp_path / "back") == contents(tmp_path / "base")
+
+
+def test_tokens_of_a_tied_embedding_beside_lora_on_the_stored_head_are_refused(tmp_path):
+    built(tf.LlamaForCausalLM, dict(TEXT, tie_word_embeddings=True), tmp_path / "base")
+    weight = read_all(tmp_path / "base")["model.embed_tokens.weight"]
+    change(tmp_path / "base" / SINGLE, **{"lm_head.weight": weight.clone()})
+    model = tf.LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    adapted(model, tmp_path / "tokens", target_modules=["q_proj"], trainable_token_indices=[3, 7])
+    model = tf.LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    adapted(model, tmp_path / "head", target_modules=["lm_head"])
+    with pytest.raises(AdapterError, match="to which the head is tied"):
+        merge_checkpoint(tmp_path / "base", [tmp_path / "tokens", tmp_path / "head"], tmp_path / "out")
+    # a head with other bytes is not tied, as transformers loads it
+    change(tmp_path / "base" / SINGLE, **{"lm_head.weight": weight + 1})
+    report = merge_checkpoint(tmp_path / "base", tmp_path / "tokens", tmp_path / "out")
+    assert "lm_head.weight" not in [c["tensor"] for c in report.changes]
+
+
+def test_a_head_with_a_bias(tmp_path):
+    """As of Phi-2: PEFT saves the base's weight and bias beside the head's LoRA. They must be the base's."""
+    model = built(tf.PhiForCausalLM, TEXT, tmp_path / "base")
+    wrapped = adapted(model, tmp_path / "adapter", target_modules=["q_proj", "lm_head"])
+    bias = "base_model.model.lm_head.base_layer.bias"
+    assert bias in read_all(tmp_path / "adapter")
+    convert_adapter(tmp_path / "adapter", tmp_path / "again")
+    shrink_adapter(tmp_path / "again", tmp_path / "small", rank=4)
+    for name in ("adapter", "again", "small"):
+        held = read_all(tmp_path / name)
+        assert torch.equal(held[bias], read_all(tmp_path / "base")["lm_head.bias"])
+        merge_checkpoint(tmp_path / "base", tmp_path / name, tmp_path / f"out {name}")
+        merged = read_all(tmp_path / f"out {name}")
+        assert torch.equal(merged["lm_head.bias"], held[bias])
+        delta = wrapped.get_submodule("base_model.model.lm_head").get_delta_weight("default").detach()
+        exact = read_all(tmp_path / "base")["lm_head.weight"] + delta
+        assert_close(merged["lm_head.weight"], exact, terms=10_000)
+    held[bias][5] += 1
+    save_file(held, tmp_path / "small" / "adapter_model.safetensors", {"format": "pt"})
+    with pytest.raises(AdapterError, match="lm_head.bias, bit for bit.* 1 of 90 elements differ"):
+        merge_checkpoint(tmp_path / "base", tmp_path / "small", tmp_path / "out")
+    with pytest.raises(AdapterError, match=r"a base's bias \[90\]"):
+        save_file({**held, bias: held[bias][1:]}, tmp_path / "small" / "adapter_model.safetensors")
+        convert_adapter(tmp_path / "small", tmp_path / "out")
+    change(tmp_path / "base" / SINGLE, **{"lm_head.bias": None})
+    with pytest.raises(AdapterError, match="a tensor 'lm_head.bias' in .*, found no such name"):
+        merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+
+
+def test_a_head_that_the_base_has_not_is_refused_with_what_to_do(tmp_path):
+    built(tf.BertForMaskedLM, dict(SIZES, vocab_size=90), tmp_path / "base")
+    model = tf.BertForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=3)
+    adapted(model, tmp_path / "adapter", target_modules=["query"], task_type="SEQ_CLS")
+    with pytest.raises(AdapterError, match="classifier.* found no such name .a head of the task. load the base as the"):
+        merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    model = tf.BertForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=3)
+    model.save_pretrained(tmp_path / "with head")  # which the message says
+    merge_checkpoint(tmp_path / "with head", tmp_path / "adapter", tmp_path / "out")
+    saved = read_all(tmp_path / "adapter")["base_model.model.classifier.weight"]
+    assert torch.equal(read_all(tmp_path / "out")["classifier.weight"], saved)
