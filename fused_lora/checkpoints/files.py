@@ -5,6 +5,7 @@ Only headers are read here. Shards are read with plain reads, never mapped.
 
 from __future__ import annotations
 
+import filecmp
 import hashlib
 import json
 import os
@@ -37,6 +38,8 @@ _INDEX_END = ".safetensors.index.json"
 _PART = re.compile(r"-\d+-of-(\d+)\.safetensors$")
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".npz")
 _PLAIN = ("model.safetensors", "diffusion_pytorch_model.safetensors")  # what from_pretrained takes, beside others
+_TOKENIZER = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "vocab.json")
+_TOKENIZER += ("added_tokens.json", "merges.txt", "vocab.txt", "chat_template.jinja", "chat_template.json")
 _MOST_PLACES = 100  # that are looked at for a message
 _MAX_JSON_BYTES = 64 << 20
 _MAX_SHARD_BYTES = 1 << 50
@@ -168,6 +171,16 @@ def _elsewhere(folder: str) -> str:
         if len(found) == _MOST_PLACES or where.count(os.sep) - folder.count(os.sep) >= 2:
             folders.clear()
     return f"no file of weights; there are some in {some(found)}: name that folder" if found else "no file of weights"
+
+
+def other_tokenizer(folder: str, base: Checkpoint) -> list[str]:
+    """Files of a tokenizer or template in the folder of an adapter that the base does not have so, by path."""
+    found = []
+    for name in sorted(name for name in os.listdir(folder) if name in _TOKENIZER):
+        path, own = os.path.join(folder, name), os.path.join(base.folder, name)
+        if os.path.isfile(path) and not (os.path.isfile(own) and filecmp.cmp(path, own, shallow=False)):
+            found.append(path)
+    return found
 
 
 def read_shard(folder: str, name: str) -> Shard:

@@ -30,6 +30,7 @@ from fused_lora.checkpoints.files import (
     Shard,
     json_bytes,
     open_checkpoint,
+    other_tokenizer,
     read_json,
     read_shard,
     read_text,
@@ -61,8 +62,8 @@ class MergeReport(Report):
     Attributes:
         out: the folder. changes: one dict for each tensor that changes. nbytes: of the output's tensors.
         seconds: it took. written, kept: names of the shards written by this call, and by one that was interrupted.
-        left_out: files of the base that were not carried along. checked: what ``verify`` found. provenance: what is
-            noted in the output.
+        left_out: files of the base that were not carried along, and tokenizers and templates of the adapters that are
+            not the base's. checked: what ``verify`` found. provenance: what is noted in the output.
     """
 
     out: str
@@ -339,7 +340,9 @@ class _Merge:
         items = [item for shard in self._base.shards for item in self.items(shard)]
         nbytes = sum(item.nbytes for item in items)
         changes = [item.change.describe(item.shape, item.dtype) for item in items if item.change is not None]
-        return MergeReport(target, changes, nbytes, left_out=self._base.left_out, provenance=self.provenance)
+        others = [path for a in self._adapters if self._base.whole for path in other_tokenizer(a.folder, self._base)]
+        left_out = [*self._base.left_out, *others]
+        return MergeReport(target, changes, nbytes, left_out=left_out, provenance=self.provenance)
 
     def check_done(self, folder: str, report: MergeReport, verify: bool) -> None:
         """All shards of an output that has its name must be there and whole; with ``verify`` their tensors, too."""

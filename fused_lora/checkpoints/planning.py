@@ -177,7 +177,9 @@ class _Planner:
         if shape != expected or (transposed and not _is_whole([place], adapter, path)):
             how = "an embedding" if path in plan.embeddings else f"fan_in_fan_out={transposed}"
             text = f"a weight {list(expected)} for {path!r}, as {how} stores it"
-            raise AdapterError(plan.weights, keys["lora_A"], text, f"{list(shape)} in {stored!r}")
+            words = path in plan.embeddings or path.rpartition(".")[2] in HEADS
+            found = f"{list(shape)} in {stored!r}{_RESIZED * (words and shape[1:] == expected[1:])}"
+            raise AdapterError(plan.weights, keys["lora_A"], text, found)
         change = self._change_of(adapter, path, stored, transposed, name)
         if "lora_magnitude" in keys:
             self._check_dora(adapter, keys["lora_magnitude"], transposed)

@@ -105,3 +105,28 @@ def test_a_head_that_the_base_has_not_is_refused_with_what_to_do(tmp_path):
     merge_checkpoint(tmp_path / "with head", tmp_path / "adapter", tmp_path / "out")
     saved = read_all(tmp_path / "adapter")["base_model.model.classifier.weight"]
     assert torch.equal(read_all(tmp_path / "out")["classifier.weight"], saved)
+
+
+@pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
+def test_lora_on_a_resized_vocabulary_is_refused_with_what_to_do(tmp_path, target):
+    model = built(tf.LlamaForCausalLM, dict(TEXT, tie_word_embeddings=False), tmp_path / "base")
+    model.resize_token_embeddings(96)
+    model.save_pretrained(tmp_path / "resized")
+    adapted(model, tmp_path / "adapter", target_modules=[target])
+    with pytest.raises(AdapterError, match=r"\[90, 32\] in .*resize the base's, save it, and merge into that"):
+        merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    merge_checkpoint(tmp_path / "resized", tmp_path / "adapter", tmp_path / "out")
+
+
+def test_a_tokenizer_of_the_adapters_own_is_named(tmp_path):
+    adapted(built(tf.LlamaForCausalLM, TEXT, tmp_path / "base"), tmp_path / "adapter", target_modules=["q_proj"])
+    for folder, files in (("base", ["merges.txt", "vocab.txt"]), ("adapter", ["added_tokens.json", "merges.txt"])):
+        for name in files:
+            (tmp_path / folder / name).write_text("the same")
+    (tmp_path / "adapter" / "vocab.txt").write_text("another")
+    (tmp_path / "adapter" / "tokenizer.json").mkdir()
+    report = merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    assert report.left_out == [str(tmp_path / "adapter" / name) for name in ("added_tokens.json", "vocab.txt")]
+    assert (tmp_path / "out" / "vocab.txt").read_text() == "the same"
+    report = merge_checkpoint(tmp_path / "base" / SINGLE, tmp_path / "adapter", tmp_path / "weights alone")
+    assert report.left_out == []
