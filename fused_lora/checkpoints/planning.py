@@ -34,6 +34,7 @@ _TIED_FURTHER = ("Blt", "NeoMME", "ProphetNet")  # beside the head
 _OTHERWISE = ("BioGpt", "Git", "ModernBert", "Rwkv", "TrOCR", "Whisper", *_TIED_FURTHER)
 _RESIZED = " (a resized vocabulary? resize the base's, save it, and merge into that)"
 _NEW_HEAD = " (a head of the task? load the base as the class that the adapter is for, save it, and merge into that)"
+_OF_SHARED = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 _OTHER_HEADS = ("lm_head.dense.", "cls.predictions.", "generator_predictions.", "embed_in.")  # tensors beside others
 
 
@@ -346,8 +347,9 @@ class _Planner:
         with_head = any(part in name for part in _WITH_HEAD for name in self._models)
         headless = bool(self._models) and all(name.endswith(_WITHOUT_HEAD) for name in self._models)
         tied = config.get("tie_word_embeddings", with_head) and not headless
+        self._change_copies(stored if tied else None)
         if stored is not None:
-            return self._change_copy(stored) if tied else None
+            return
         other = any(part in name for part in _OTHER_HEADS for name in self._base.tensors)
         heads = {change.source for change in self.found.values() if change.added}
         for change in list(self.found.values()):
@@ -363,22 +365,29 @@ class _Planner:
             self.found[name] = Change(name, change.source, "copy", added=True)
             self._untie()
 
-    def _change_copy(self, head: str) -> None:
-        """Of a head that the config ties to the embedding, and that is stored, too, with the same bytes: it gets the
-        embedding's trained tokens. Where all of the embedding changes, the head keeps the old weight and is untied."""
+    def _change_copies(self, head: str | None) -> None:
+        """Of tensors that hold an embedding's bytes once more: its trained tokens go into them, too. A ``head`` that
+        the config ties to it keeps the old weight where all of the embedding changes, and is untied."""
         for change in list(self.found.values()):
             held = change.held if change.kind != "merge" else change.embedded()
             if held is None or change.source == head or not self._is_of_tokens(change):
                 continue
-            if not _same_bytes(*self._base.tensors[change.source], *self._base.tensors[head]):
-                continue
-            if change.kind != "rows":
-                self._check_untied(*held)
-                self._untie()
-            elif self.found.setdefault(head, replace(change, name=head, source=head)).kind != "rows":
-                adapter, key = held
-                found = f"{change.source!r}, to which the head is tied"
-                raise AdapterError(adapter.plan.weights, key, "an embedding of its own", found)
+            for copy in self._copies(change.source, head):
+                if change.kind != "rows":
+                    if copy == head:
+                        self._check_untied(*held)
+                        self._untie()
+                elif self.found.setdefault(copy, replace(change, name=copy, source=copy)).kind != "rows":
+                    adapter, key = held
+                    found = f"{change.source!r}, to which {copy!r} is tied"
+                    raise AdapterError(adapter.plan.weights, key, "an embedding of its own", found)
+
+    def _copies(self, source: str, head: str | None) -> list[str]:
+        """The head, and of the embedding that T5's and BART's encoder and decoder share those of both."""
+        shared = source.endswith("shared.weight") and any(part.get("is_encoder_decoder") for part in self._configs)
+        names = [name for name in self._base.tensors if name == head or (shared and name.endswith(_OF_SHARED))]
+        own = self._base.tensors[source]
+        return [name for name in names if _same_bytes(*own, *self._base.tensors[name])]
 
     def _is_of_tokens(self, change: Change) -> bool:
         """Whether it is the embedding of the input's tokens, by its name, or as one that has a row for each."""

@@ -49,6 +49,32 @@ def test_a_tied_head_that_is_stored_too(tmp_path, name):
     assert contents(tmp_path / "back") == contents(tmp_path / "base")
 
 
+@pytest.mark.parametrize("twice", [False, True])
+def test_tokens_of_an_embedding_that_an_encoder_and_a_decoder_share(tmp_path, twice):
+    """Older files have the embedding three times. PEFT's tokens are those of all."""
+    sizes = dict(vocab_size=90, d_model=32, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=48, decoder_ffn_dim=48)
+    sizes |= dict(encoder_attention_heads=4, decoder_attention_heads=4)
+    model = built(tf.BartForConditionalGeneration, sizes, tmp_path / "base")
+    if twice:
+        weight = model.model.shared.weight.detach()
+        copies = {f"model.{part}.embed_tokens.weight": weight.clone() for part in ("encoder", "decoder")}
+        change(tmp_path / "base" / SINGLE, **copies)
+    wrapped = peft.get_peft_model(
+        model, peft.LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices={"shared": [3, 7]})
+    )
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "trainable_tokens_delta" in name:
+                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(shifted(2))))
+    wrapped.save_pretrained(tmp_path / "adapter")
+    report = merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    assert [c["kind"] for c in report.changes].count("rows") == (3 if twice else 1)
+    merged, ids = tf.BartForConditionalGeneration.from_pretrained(tmp_path / "out").eval(), torch.arange(1, 9)[None]
+    with torch.no_grad():
+        found, wanted = (m(input_ids=ids, decoder_input_ids=ids).logits for m in (merged, wrapped.eval()))
+    assert_close(found, wanted, terms=1000)
+
+
 def test_tokens_of_a_tied_embedding_beside_lora_on_the_stored_head_are_refused(tmp_path):
     built(tf.LlamaForCausalLM, dict(TEXT, tie_word_embeddings=True), tmp_path / "base")
     weight = read_all(tmp_path / "base")["model.embed_tokens.weight"]
@@ -57,7 +83,7 @@ def test_tokens_of_a_tied_embedding_beside_lora_on_the_stored_head_are_refused(t
     adapted(model, tmp_path / "tokens", target_modules=["q_proj"], trainable_token_indices=[3, 7])
     model = tf.LlamaForCausalLM.from_pretrained(tmp_path / "base")
     adapted(model, tmp_path / "head", target_modules=["lm_head"])
-    with pytest.raises(AdapterError, match="to which the head is tied"):
+    with pytest.raises(AdapterError, match="to which 'lm_head.weight' is tied"):
         merge_checkpoint(tmp_path / "base", [tmp_path / "tokens", tmp_path / "head"], tmp_path / "out")
     # a head with other bytes is not tied, as transformers loads it
     change(tmp_path / "base" / SINGLE, **{"lm_head.weight": weight + 1})
