@@ -6,6 +6,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import time
 import warnings
@@ -249,7 +250,7 @@ class _Merge:
             "fused_lora": __version__,
             "base": {"path": told(base.folder), "headers_sha256": base.digest()},
             "adapters": about,
-            "dtype": None if dtype is None else str(dtype).removeprefix("torch."),
+            "dtype": None if dtype is None else _name_of(dtype),
             **({} if stochastic is None else {"stochastic": stochastic}),
         }
         if (earlier := base.shards[0].header.metadata.get(_PROVENANCE)) is not None:
@@ -399,7 +400,8 @@ class _Merge:
         self, shard: Shard, path: str, items: Sequence[Item], record: ShardRecord | None, meter: _Meter
     ) -> bytes:
         """Write one shard to ``path``; returns its header."""
-        metadata = {**shard.header.metadata, _PROVENANCE: json.dumps(self.provenance)}
+        # loaders take a file without metadata as torch's, but none with metadata that does not say so
+        metadata = {"format": "pt", **shard.header.metadata, _PROVENANCE: json.dumps(self.provenance)}
         header = header_bytes([(i.name, i.dtype, i.shape) for i in items], metadata)
         note = None if record is None else record.note
 
@@ -410,14 +412,25 @@ class _Merge:
         write_shard(shard, path, header, pieces(), meter)
         return header
 
+    def _sums(self, about: dict[str, Any]) -> dict[str, Any]:
+        """What the index has of these entries, of the output."""
+        items = [item for shard in self._base.shards for item in self.items(shard)]
+        found: dict[str, Any] = {"total_size": sum(item.nbytes for item in items)}
+        if isinstance(count := about.get("total_parameters"), int):
+            added = [item for item in items if item.change is not None and item.change.added]
+            found["total_parameters"] = count + sum(math.prod(item.shape) for item in added)
+        if self._dtype is not None:
+            found["dtype"] = _name_of(self._dtype)
+        return {name: value for name, value in found.items() if name in about}
+
     def _small_files(self) -> dict[str, bytes]:
         """Index, config and provenance of the output. A file that does not change keeps its bytes."""
         base, files = self._base, {}
         if base.index is not None and base.index_name is not None:
             names = {item.name: shard.name for shard in base.shards for item in self.items(shard)}
             index = {**base.index, "weight_map": dict(sorted(names.items()))}
-            if isinstance(base.index.get("metadata"), dict) and "total_size" in base.index["metadata"]:
-                index["metadata"] = {**base.index["metadata"], "total_size": self.report("").nbytes}
+            if isinstance(about := base.index.get("metadata"), dict):
+                index["metadata"] = {**about, **self._sums(about)}
             files[base.index_name] = json_bytes(index)
         if base.config is not None:
             config = {**base.config, **self._changes.config}
@@ -425,10 +438,14 @@ class _Merge:
                 config = _without(config, "quantization_config")
             if self._dtype is not None:
                 keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
-                config |= dict.fromkeys(keys, str(self._dtype).removeprefix("torch."))
+                config |= dict.fromkeys(keys, _name_of(self._dtype))
             same = config == base.config
             files[MODEL_CONFIG] = read_text(os.path.join(base.folder, MODEL_CONFIG)) if same else json_bytes(config)
         return {**files, PROVENANCE_NAME: json_bytes(self.provenance)}
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _parsed(text: str) -> Any:

@@ -1,14 +1,16 @@
 """Folders of published bases: pipelines, variants, several checkpoints, weights that are quantised in other ways."""
 
+import json
 import shutil
 
 import pytest
 import torch
 import transformers as tf
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from fused_lora.adapters import AdapterError
-from fused_lora.checkpoints import merge_checkpoint
+from fused_lora.checkpoints import merge_checkpoint, unmerge_checkpoint
 from helpers.checkpoint_files import SINGLE, change, read_all, write_adapter, write_base
 from helpers.published import TEXT, adapted, built
 
@@ -64,3 +66,40 @@ def test_experts_in_mxfp4_are_named_as_such(tmp_path):
             change(tmp_path / "base" / SINGLE, **{key: None, f"{key}_blocks": blocks})
     with pytest.raises(AdapterError, match="_blocks is of MXFP4, which cannot be dequantised here"):
         merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+
+
+@pytest.mark.parametrize("metadata", [None, {"format": "mlx"}, {"of": "a quantiser"}])
+def test_loaders_take_a_merged_file_whose_base_had_no_metadata(tmp_path, metadata):
+    """accelerate, and transformers 4, refuse metadata without a format."""
+    accelerate = pytest.importorskip("accelerate")
+    base = write_base(tmp_path / "base", {})
+    weights = {"model.layers.0.mlp.down_proj.weight": torch.ones(24, 32)}
+    save_file(weights, base / SINGLE, metadata)
+    before = (base / SINGLE).read_bytes()
+    adapter = write_adapter(tmp_path / "adapter", LAYER)
+    merge_checkpoint(base, adapter, tmp_path / "out", record=tmp_path / "record")
+    with safe_open(tmp_path / "out" / SINGLE, "pt") as file:
+        assert file.metadata()["format"] == ("mlx" if metadata == {"format": "mlx"} else "pt")
+    if metadata != {"format": "mlx"}:
+        assert accelerate.utils.load_state_dict(str(tmp_path / "out" / SINGLE)).keys() == weights.keys()
+    unmerge_checkpoint(tmp_path / "out", tmp_path / "record", tmp_path / "back")
+    assert (tmp_path / "back" / SINGLE).read_bytes() == before
+
+
+def test_the_index_has_the_sums_of_the_output(tmp_path):
+    """As transformers writes them, with a head that was tied."""
+    sizes = dict(TEXT, tie_word_embeddings=True)
+    model = built(tf.LlamaForCausalLM, sizes, tmp_path / "plain")
+    model.save_pretrained(tmp_path / "base", max_shard_size="20KB")
+    wrapped = adapted(model, tmp_path / "adapter", target_modules=["lm_head"])
+    merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", dtype=torch.bfloat16)
+    untied = wrapped.unload().to(torch.bfloat16)
+    untied.config.tie_word_embeddings = False
+    untied.lm_head.weight = torch.nn.Parameter(untied.lm_head.weight.detach().clone())
+    untied.save_pretrained(tmp_path / "theirs", max_shard_size="20KB")
+    name = f"{SINGLE}.index.json"
+    ours, theirs = (json.loads((tmp_path / folder / name).read_text())["metadata"] for folder in ("out", "theirs"))
+    assert ours == theirs
+    change(tmp_path / "base" / name, metadata={"dtype": "float32"})
+    merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "again", dtype=torch.bfloat16)
+    assert json.loads((tmp_path / "again" / name).read_text())["metadata"] == {"dtype": "bfloat16"}
