@@ -51,7 +51,8 @@ def in_two_steps(W, record, *new, **options):
 
 def tensors(record):
     """What is held, in an order that no thread decides."""
-    return [*record.factors.tensors, record.units.notes[2], unit_by_unit(record.units)]
+    checksums = [record.units.notes[2]] if record.units.copy is None else []  # unused beside a copy
+    return [*record.factors.tensors, *checksums, unit_by_unit(record.units)]
 
 
 @pairwise(layout=LAYOUTS, shape=SHAPES, dtype=DTYPES)
