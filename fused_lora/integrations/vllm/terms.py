@@ -151,7 +151,7 @@ class KernelTerms:
         order = self._groups(len(outputs[0])).order
         launches = self._launches("expand", outputs[0], outputs[0].dtype, slots)
         # the kernel reads S in the order of its tiles; beyond them ``order`` has what an earlier step left there
-        S = torch.stack([b.float() for b in buffers]).index_select(1, order.clamp(max=len(outputs[0]) - 1))
+        S = torch.stack([b.float() for b in buffers]).index_select(1, order.clamp(0, len(outputs[0]) - 1))
         S = torch.nn.functional.pad(S, (0, -S.shape[2] % COLUMNS)).unsqueeze(0)
         if not (launches and launches[1]([S], 0, tuple(outputs))):
             self._refuse_capture()

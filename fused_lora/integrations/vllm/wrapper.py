@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,9 @@ from vllm.lora.layers import (
     VocabParallelEmbeddingWithLoRA,
 )
 from vllm.lora.model_manager import LoRAModelManager
+from vllm.v1.worker.gpu.model_runner import GPUModelRunner as SecondModelRunner
+from vllm.v1.worker.gpu.sample.prompt_logprob import PromptLogprobsWorker
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from fused_lora._version import __version__
 from fused_lora.integrations.vllm.slots import Slots
@@ -34,6 +38,8 @@ from fused_lora.integrations.vllm.terms import EagerTerms, KernelTerms
 log = init_logger("vllm.fused_lora")
 # by the addresses of their layers' A and B: a compiled graph may be of another process, or of an engine before
 _wrappers: weakref.WeakValueDictionary[int, Grouped] = weakref.WeakValueDictionary()
+# of which tokens of the step the rows of logits are, where they are not one for each entry of vLLM's prompt mapping
+_tokens_of_logits: ContextVar[np.ndarray | None] = ContextVar("tokens_of_logits", default=None)
 
 
 class Grouped:
@@ -52,6 +58,7 @@ class Grouped:
         self._slots: dict[int, Slots] = {}  # by the address of a layer's first A and of its first B
         self.leaves_some, self._samples = False, False
         self._tokens, self._prompts = self.new_terms(), self.new_terms()
+        self._slot_of_token = self._slot_of_sample = np.zeros(0, np.int32)
         _hook_vllm()
         log.info_once("fused_lora %s computes the LoRA terms: %s, %s", __version__, type(self).__name__, self.kernels)
 
@@ -96,9 +103,11 @@ class Grouped:
         """The adapters of the next step: of each token and of each sampled row, 0 for the base model."""
         self.update_own(mapping, lora_index_to_id, max_loras, vocab_size, **kwargs)
         slots = {lora: slot for slot, lora in enumerate(lora_index_to_id) if lora is not None} | {0: -1}
-        self._tokens.step(_slots_of(mapping.index_mapping, slots))
+        self._slot_of_token = _slots_of(mapping.index_mapping, slots)
+        self._tokens.step(self._slot_of_token)
         if self._samples:
-            self._prompts.step(_slots_of(mapping.prompt_mapping, slots))
+            self._slot_of_sample = _slots_of(mapping.prompt_mapping, slots)
+            self._prompts.step(self._slot_of_sample)
 
     def add_lora_linear(
         self,
@@ -188,6 +197,10 @@ class Grouped:
             raise ValueError(f"y: expected {offset + slots.columns} columns or more, got {y.shape[1]}")
         if kind == "expand":
             terms.expand_(slots.split(y[:, offset:]), x.unbind(0), slots)
+        elif kind == "logits" and (tokens := _tokens_of_logits.get()) is not None:
+            terms.step(self._slot_of_token[tokens])
+            terms.linear_(y, x, slots)
+            terms.step(self._slot_of_sample)
         else:
             terms.linear_(y, x, slots, "expand" if kind == "embedding" else "linear")
 
@@ -237,6 +250,62 @@ def _hook_vllm() -> None:
 
     BaseLayerWithLoRA.set_mapping, LoRAModelManager.activate_adapter = and_adopt, or_forget
     LoRAConfig.compute_hash = and_ours
+    _hook_logits()
+
+
+def _hook_logits() -> None:
+    """vLLM's mapping has one row of logits for each sampled token. The rows of a prompt's log-probabilities are its
+    tokens, and the second model runner has one row for each drafted token: from now on both say whose they are."""
+    prompts, drafts = GPUModelRunner._get_prompt_logprobs_dict, SecondModelRunner.sample
+
+    @functools.wraps(prompts)
+    def of_prompts(self: GPUModelRunner, hidden_states: Tensor, num_scheduled_tokens: dict[str, int]) -> dict:
+        own = vars(self.model).get("compute_logits")
+        self.model.compute_logits = _of_tokens(self.model.compute_logits, hidden_states)
+        try:
+            return prompts(self, hidden_states, num_scheduled_tokens)
+        finally:
+            del self.model.compute_logits
+            if own is not None:
+                self.model.compute_logits = own
+
+    def and_tokens(compute: Callable[..., dict]) -> Callable[..., dict]:
+        @functools.wraps(compute)
+        def of_slices(
+            self: Any, logits_fn: Callable[..., Any], hidden_states: Tensor, *args: Any, **kwargs: Any
+        ) -> dict:
+            return compute(self, _of_tokens(logits_fn, hidden_states), hidden_states, *args, **kwargs)
+
+        return of_slices
+
+    @functools.wraps(drafts)
+    def of_drafts(self: SecondModelRunner, hidden_states: Tensor, input_batch: Any, *args: Any, **kwargs: Any) -> Any:
+        rows = np.diff(input_batch.cu_num_logits_np)
+        tokens = np.repeat(input_batch.query_start_loc_np[: len(rows)], rows)
+        before = _tokens_of_logits.set(tokens if input_batch.num_draft_tokens else None)
+        try:
+            return drafts(self, hidden_states, input_batch, *args, **kwargs)
+        finally:
+            _tokens_of_logits.reset(before)
+
+    GPUModelRunner._get_prompt_logprobs_dict, SecondModelRunner.sample = of_prompts, of_drafts
+    for name in ("compute_prompt_logprobs", "compute_prompt_token_id_logprobs"):
+        setattr(PromptLogprobsWorker, name, and_tokens(getattr(PromptLogprobsWorker, name)))
+
+
+def _of_tokens(compute_logits: Callable[..., Any], hidden_states: Tensor) -> Callable[..., Any]:
+    """The same function for slices of ``hidden_states``, the tokens of a step, by the adapters of these tokens."""
+
+    @functools.wraps(compute_logits)
+    def of_tokens(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        first = int(x.storage_offset() - hidden_states.storage_offset()) // hidden_states.stride(0)
+        before = _tokens_of_logits.set(np.arange(first, first + len(x)))
+        try:
+            return compute_logits(x, *args, **kwargs)
+        finally:
+            _tokens_of_logits.reset(before)
+
+    return of_tokens
 
 
 def _replace(layer: BaseLayerWithLoRA, adapter_dtype: Any) -> Slots:

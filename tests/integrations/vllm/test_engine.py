@@ -7,6 +7,7 @@ from vllm.lora.layers import LoRAMapping
 from vllm.lora.request import LoRARequest
 
 from fused_lora.integrations.vllm.cpu import GroupedWrapperCPU
+from fused_lora.testing.numeric import assert_close
 from helpers import tiny_vllm as tiny
 
 GREEDY = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True, detokenize=False)
@@ -61,6 +62,22 @@ def test_tokens_are_those_of_each_request_alone_with_its_adapter_merged(engine, 
         assert None not in wrong, f"{name} looks like {others[wrong.index(None)]}"
     base = [found for name, found in zip(names, tokens, strict=True) if name is None]
     assert base == run(engine, prompts[8::9], None)
+
+
+def test_log_probabilities_of_prompts_have_the_terms_of_adapted_heads(engine, model, adapters):
+    """A prompt's rows of logits are its tokens. The prompts are longer than a step, and a base prompt lies between."""
+    asked = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+    names, prompts = ["head", None, "head"], [tiny.SHARED + tiny.SHARED[:n] for n in (5, 20, 12)]
+    engine.llm_engine.reset_prefix_cache()
+    given = [{"prompt_token_ids": prompt} for prompt in prompts]
+    requests = [request(name, adapters) for name in names]
+    for name, output in zip(names, engine.generate(given, asked, use_tqdm=False, lora_request=requests), strict=True):
+        prompt, rows = output.prompt_token_ids, output.prompt_logprobs
+        ours = torch.tensor([row[token].logprob for token, row in zip(prompt[1:], rows[1:], strict=True)])
+        with torch.no_grad():
+            logits = tiny.merged(model, name and adapters[name])(torch.tensor([prompt])).logits[0, :-1]
+        expected = logits.log_softmax(-1).gather(1, torch.tensor(prompt[1:]).unsqueeze(1))[:, 0]
+        assert_close(ours, expected, terms=1000)
 
 
 def test_adapters_are_loaded_reloaded_in_place_and_removed_while_requests_run(engine, model, adapters, tmp_path):

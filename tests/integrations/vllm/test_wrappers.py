@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from vllm.config.lora import LoRAConfig
@@ -19,6 +20,8 @@ from vllm.lora.layers import (
 )
 from vllm.lora.model_manager import LoRAModelManager
 from vllm.lora.punica_wrapper import punica_gpu
+from vllm.v1.worker.gpu.model_runner import GPUModelRunner as SecondModelRunner
+from vllm.v1.worker.gpu.sample.prompt_logprob import PromptLogprobsWorker, _TokenIdScores
 
 from fused_lora.integrations.vllm.cpu import GroupedWrapperCPU
 from fused_lora.integrations.vllm.cuda import GroupedWrapperGPU, grouped_wrapper_gpu
@@ -103,6 +106,60 @@ def test_the_cuda_wrapper_adds_what_the_cpu_wrapper_adds(bench, no_sorts, device
         y, z, _ = found[1]
         assert y[:2].any() and not y[len(tokens) :].any() and (z[:, VOCAB:] == 1).all()
     assert all(guard.verdicts().values()) and guard.verdicts()
+
+
+class Enough(Exception):
+    """Of the model runner no more is run than this."""
+
+
+@pytest.mark.parametrize("cls", [GroupedWrapperCPU, GroupedWrapperGPU])
+def test_the_second_model_runner_says_whose_the_rows_of_logits_are(cls, bench, no_sorts, device, kernels_on):
+    """A request that drafts has several rows, and the rows of prompts are tokens."""
+    tokens, starts, draw = (
+        [7] * 5 + [0] * 3 + [9] * 4,
+        np.array([0, 5, 8, 12]),
+        torch.Generator().manual_seed(shifted(4)),
+    )
+    wrapper, hidden = cls(64, 8, device, lora_config=CONFIG), torch.randn(12, K, generator=draw)
+    head = bench.Layer([torch.zeros(SLOTS, 1, RANK, K)], [torch.zeros(SLOTS, 1, VOCAB, RANK)])
+    head.lora_a_stacked, head.lora_b_stacked = head.lora_a_stacked[0], head.lora_b_stacked[0]
+    head.set_mapping(wrapper)
+    for slot in (0, 2):
+        head.lora_a_stacked[slot] = torch.randn(1, RANK, K, generator=draw) / 9
+        head.lora_b_stacked[slot] = torch.randn(1, VOCAB, RANK, generator=draw) / 7
+        head.fused_lora_slots.set_ranks(slot, [RANK])
+    wrapper.update_metadata(LoRAMapping(tokens, [7, 0, 9], is_prefill=True), IDS, SLOTS, VOCAB)
+    terms = torch.zeros(12, VOCAB)
+    for i, adapter in enumerate(tokens):
+        if adapter:
+            slot = IDS.index(adapter)
+            terms[i] = head.lora_b_stacked[slot, 0] @ (head.lora_a_stacked[slot, 0] @ hidden[i])
+
+    def logits_of(x):
+        y = torch.zeros(len(x), VOCAB)
+        wrapper.add_lora_logits(y, x, head.lora_a_stacked, head.lora_b_stacked, 1.0)
+        return y
+
+    def stop(x):
+        raise Enough(logits_of(x))
+
+    runner = SimpleNamespace(batch_sharder=None, model=SimpleNamespace(compute_logits=stop))
+    for rows in ([3, 4, 7, 9, 10, 11], [4, 7, 11]):
+        batch = SimpleNamespace(
+            logits_indices=torch.tensor(rows), num_draft_tokens=len(rows) - 3, query_start_loc_np=starts,
+            cu_num_logits_np=np.searchsorted(rows, starts))  # fmt: skip
+        with pytest.raises(Enough) as enough:
+            SecondModelRunner.sample(runner, hidden, batch, None)
+        assert_close(enough.value.args[0], terms[rows], terms=1000)
+
+    worker, ids = PromptLogprobsWorker(3, torch.device(device), "raw_logits"), torch.arange(VOCAB).expand(3, -1)
+    worker.token_id_scores = {name: _TokenIdScores(ids[:n], ids[:n] < 0, 0) for name, n in (("b", 2), ("c", 3))}
+    batch = SimpleNamespace(
+        req_ids=["a", "b", "c"], idx_mapping_np=np.arange(3), num_computed_prefill_tokens_np=np.zeros(3, int),
+        num_scheduled_tokens=np.diff(starts), prefill_len_np=np.diff(starts), query_start_loc_np=starts)  # fmt: skip
+    found = worker.compute_prompt_token_id_logprobs(logits_of, hidden, batch, np.diff(starts))
+    assert_close(found["c"], terms[8:11], terms=1000)
+    assert terms[8:11].any() and not found["b"].any()
 
 
 def test_a_compiled_graph_finds_the_wrapper_of_a_layer(bench, device):
