@@ -25,6 +25,7 @@ class Slots:
     Attributes:
         A, B: what vLLM's layer writes from now on, of the same shapes. N: columns of each output; columns: of all.
         max_rank: of B. local_rank: of A, less where tensor parallelism shards the ranks.
+        encodes: whether the layer's rows are those of an encoder, where the model has one beside its decoder.
         launches: of the kernels, kept by whoever makes them.
     """
 
@@ -34,6 +35,7 @@ class Slots:
         self.N, self.max_rank = [b.shape[2] for b in B], B[0].shape[3]
         self.columns = sum(self.N)
         self.local_rank = A[0].shape[2] if A else self.max_rank
+        self.encodes = False
         self.launches: dict[tuple, Any] = {}
         self._terms: dict[tuple, Terms] = {}
         self._tables: dict[str, AdapterTables] = {}

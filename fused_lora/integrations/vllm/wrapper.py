@@ -28,6 +28,7 @@ from vllm.lora.layers import (
 )
 from vllm.lora.model_manager import LoRAModelManager
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner as SecondModelRunner
+from vllm.v1.worker.gpu.model_states.encoder_decoder import EncoderDecoderModelState
 from vllm.v1.worker.gpu.sample.prompt_logprob import PromptLogprobsWorker
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
@@ -48,6 +49,7 @@ class Grouped:
 
     Attributes:
         leaves_some: whether a layer needs vLLM's own tables of the rows.
+        token_of_input: of each input that an encoder-decoder model encodes in a step, a token of its request.
     """
 
     def __init__(self, max_num_batched_tokens: int, max_batches: int, device: torch.device | str, **kwargs: Any):
@@ -59,6 +61,8 @@ class Grouped:
         self.leaves_some, self._samples = False, False
         self._tokens, self._prompts = self.new_terms(), self.new_terms()
         self._slot_of_token = self._slot_of_sample = np.zeros(0, np.int32)
+        self.token_of_input = np.zeros(0, np.int32)
+        self._encoded = EagerTerms(torch.device(device))
         _hook_vllm()
         log.info_once("fused_lora %s computes the LoRA terms: %s, %s", __version__, type(self).__name__, self.kernels)
 
@@ -189,6 +193,8 @@ class Grouped:
             return
         slots, terms = self._slots[key.data_ptr()], self._prompts if kind == "logits" else self._tokens
         x = x if x.dim() == 2 or kind == "expand" else x.view(-1, x.shape[-1])
+        if slots.encodes and len(self.token_of_input):
+            terms = self._of_inputs(x.shape[-2])
         if kind == "shrink":
             terms.shrink_(list(y), x, slots)
             return
@@ -203,6 +209,14 @@ class Grouped:
             terms.step(self._slot_of_sample)
         else:
             terms.linear_(y, x, slots, "expand" if kind == "embedding" else "linear")
+
+    def _of_inputs(self, rows: int) -> EagerTerms:
+        """The terms of an encoder's rows, as many of each input."""
+        slots = self._slot_of_token[self.token_of_input]
+        if rows % len(slots):
+            raise ValueError(f"x: expected as many rows of each of {len(slots)} encoded inputs, got {rows}")
+        self._encoded.step(np.repeat(slots, rows // len(slots)))
+        return self._encoded
 
 
 @torch.library.custom_op("fused_lora::vllm_lora_", mutates_args=["y"])
@@ -251,6 +265,36 @@ def _hook_vllm() -> None:
     BaseLayerWithLoRA.set_mapping, LoRAModelManager.activate_adapter = and_adopt, or_forget
     LoRAConfig.compute_hash = and_ours
     _hook_logits()
+    _hook_encoders()
+
+
+def _hook_encoders() -> None:
+    """vLLM's mapping is of the decoder's tokens. The layers of an encoder, and those that make keys and values of its
+    output, have rows of inputs: from now on both model runners say whose."""
+    first, second = GPUModelRunner._execute_mm_encoder, EncoderDecoderModelState.prepare_inputs_embeds
+
+    @functools.wraps(first)
+    def of_inputs(self: GPUModelRunner, scheduler_output: Any) -> list[Tensor]:
+        if self.model_config.is_encoder_decoder:
+            inputs = self._batch_mm_inputs_from_scheduler(scheduler_output)[2]
+            requests = [self.input_batch.req_id_to_index[request] for request, _ in inputs]
+            _tell_inputs(self.get_model(), self.query_start_loc.np[requests])
+        return first(self, scheduler_output)
+
+    @functools.wraps(second)
+    def of_requests(self: Any, scheduled_encoder_inputs: dict[str, list[int]], input_batch: Any, *args: Any) -> None:
+        inputs = [len(scheduled_encoder_inputs.get(request, ())) for request in input_batch.req_ids]
+        _tell_inputs(self.model, np.repeat(input_batch.query_start_loc_np[: len(inputs)], inputs))
+        return second(self, scheduled_encoder_inputs, input_batch, *args)
+
+    GPUModelRunner._execute_mm_encoder, EncoderDecoderModelState.prepare_inputs_embeds = of_inputs, of_requests
+
+
+def _tell_inputs(model: Any, tokens: np.ndarray) -> None:
+    manager = vars(model).get("lora_manager")
+    for wrapper in manager.punica_wrapper_mapping.values() if manager else ():
+        if isinstance(wrapper, Grouped):
+            wrapper.token_of_input = tokens
 
 
 def _hook_logits() -> None:
@@ -314,6 +358,8 @@ def _replace(layer: BaseLayerWithLoRA, adapter_dtype: Any) -> Slots:
     A: Any = () if isinstance(layer, VocabParallelEmbeddingWithLoRA) else layer.lora_a_stacked
     A, B = (side if isinstance(side, tuple) else (side,) for side in (A, B))
     slots = Slots(A, B, adapter_dtype(B[0].dtype))
+    name = getattr(layer.base_layer, "prefix", "")
+    slots.encodes = ".encoder." in name or name.endswith("encoder_attn.kv_proj")
     if A:
         layer.lora_a_stacked = tuple(slots.A) if several else slots.A[0]
     layer.lora_b_stacked = tuple(slots.B) if several else slots.B[0]
