@@ -20,6 +20,7 @@ from vllm.logger import init_logger
 from vllm.lora.layers import (
     BaseLayerWithLoRA,
     FusedMoEWithLoRA,
+    LogitsProcessorWithLoRA,
     LoRAMapping,
     QKVParallelLinearWithLoRA,
     ReplicatedLinearWithLoRA,
@@ -367,8 +368,7 @@ def _replace(layer: BaseLayerWithLoRA, adapter_dtype: Any) -> Slots:
 
     @functools.wraps(set_lora)
     def set_lora_and_rank(index: int, lora_a: Any, lora_b: Any) -> None:
-        if several:
-            _check(layer, slots, *(_parts(side) for side in (lora_a, lora_b)))
+        _check(layer, slots, *(_parts(side) for side in (lora_a, lora_b)))
         set_lora(index, lora_a, lora_b)
         slots.set_ranks(index, _ranks(lora_b, len(B)))
 
@@ -385,12 +385,14 @@ def _check(layer: BaseLayerWithLoRA, slots: Slots, A: list[Tensor | None], B: li
     """ValueError for an adapter of other sizes, of which vLLM would copy what fits."""
     K, N = _whole(layer, slots)
     rows = [None if b is None else b.shape[0] for b in B]
-    if len(rows) == len(N):
+    if isinstance(layer, LogitsProcessorWithLoRA):  # a model's vocabulary may be padded
+        fits = (rows[0] or 0) <= N[0]
+    elif len(rows) == len(N):
         fits = all(n in (None, size) for n, size in zip(rows, N, strict=True))
     else:  # one B of several outputs
         fits = not N or None in rows or sum(n or 0 for n in rows) == sum(N)
     wrong = "" if fits else f"expected lora_B of {N} rows, got {rows}"
-    for a in A:
+    for a in A if slots.A else ():  # vLLM checks the vocabulary of embeddings
         if a is not None and a.shape[1] != K:
             wrong = f"expected lora_A [r, {K}], got {list(a.shape)}"
     # vLLM warms up with zeros, of the sizes of one rank and one output
@@ -402,8 +404,9 @@ def _check(layer: BaseLayerWithLoRA, slots: Slots, A: list[Tensor | None], B: li
 def _whole(layer: Any, slots: Slots) -> tuple[int, list[int]]:
     """K and the columns of each output before tensor parallelism, none where a layer of one model shards its own way:
     vLLM loads adapters whole and takes the rank's part."""
-    K, N, ranks = slots.A[0].shape[3], slots.N, getattr(layer, "tp_size", 1)
-    if ranks == 1 or isinstance(layer, ReplicatedLinearWithLoRA):  # each rank has all of it
+    K, N, ranks = slots.A[0].shape[3] if slots.A else 0, slots.N, getattr(layer, "tp_size", 1)
+    whole = ReplicatedLinearWithLoRA, LogitsProcessorWithLoRA, VocabParallelEmbeddingWithLoRA
+    if ranks == 1 or isinstance(layer, whole):  # each rank has all of it
         return K, N
     if isinstance(layer, RowParallelLinearWithLoRA):
         return K * ranks, [layer.output_size]

@@ -114,6 +114,8 @@ def test_adapters_are_loaded_reloaded_in_place_and_removed_while_requests_run(en
         (dict(r=4, targets=("self_attn.q_proj",), use_dora=True), "(?i)dora"),
         (dict(r=4, targets=("mlp.no_such",), sizes={"mlp.no_such": (128, 128)}), "expected target modules"),
         (dict(r=4, targets=("self_attn.o_proj",), sizes={"self_attn.o_proj": (64, 128)}), r"lora_A \[r, 128\], got"),
+        (dict(r=4, targets=("lm_head",), sizes={"lm_head": (64, 160)}), r"lora_A \[r, 128\], got"),
+        (dict(r=4, targets=("lm_head",), sizes={"lm_head": (128, 168)}), r"lora_B of \[160\] rows, got \[168\]"),
         (dict(r=4, targets=("self_attn.v_proj",), sizes={"self_attn.v_proj": (128, 32)}), "of another base model"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

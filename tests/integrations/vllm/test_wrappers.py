@@ -17,6 +17,7 @@ from vllm.lora.layers import (
     QKVParallelLinearWithLoRA,
     ReplicatedLinearWithLoRA,
     RowParallelLinearWithLoRA,
+    VocabParallelEmbeddingWithLoRA,
 )
 from vllm.lora.model_manager import LoRAModelManager
 from vllm.lora.punica_wrapper import punica_gpu
@@ -233,6 +234,20 @@ def test_a_rank_takes_its_part_of_a_whole_adapter_and_of_no_other(cls, device):
         with pytest.raises(ValueError, match="of another base model"):
             load(K_other, others)
     load(K_here, here, torch.zeros)  # as vLLM warms up
+
+
+def test_an_embedding_of_another_width_is_refused_on_each_rank(device):
+    wrapper = GroupedWrapperCPU(64, 8, device, lora_config=CONFIG)
+    layer = VocabParallelEmbeddingWithLoRA.__new__(VocabParallelEmbeddingWithLoRA)
+    torch.nn.Module.__init__(layer)
+    layer.base_layer, layer.tp_size = torch.nn.Identity(), 2
+    layer.lora_a_stacked, layer.lora_b_stacked = torch.zeros(SLOTS, VOCAB, RANK), torch.zeros(SLOTS, 1, K, RANK)
+    layer.set_mapping(wrapper)
+    layer.set_lora(0, torch.ones(4, VOCAB), torch.ones(K, 4))
+    assert layer.lora_b_stacked[0, 0, :, :4].all()
+    with pytest.raises(ValueError, match=rf"lora_B of \[{K}\] rows, got \[{K - 8}\]: is it of another base model"):
+        layer.set_lora(1, torch.ones(4, VOCAB), torch.ones(K - 8, 4))
+    assert not layer.lora_b_stacked[1].any()
 
 
 def test_an_adapter_for_which_no_slot_is_free_stays_loaded(device):
