@@ -305,6 +305,8 @@ def _hook_logits() -> None:
 
     @functools.wraps(prompts)
     def of_prompts(self: GPUModelRunner, hidden_states: Tensor, num_scheduled_tokens: dict[str, int]) -> dict:
+        if not self.num_prompt_logprobs:
+            return prompts(self, hidden_states, num_scheduled_tokens)
         own = vars(self.model).get("compute_logits")
         self.model.compute_logits = _of_tokens(self.model.compute_logits, hidden_states)
         try:
@@ -325,9 +327,10 @@ def _hook_logits() -> None:
 
     @functools.wraps(drafts)
     def of_drafts(self: SecondModelRunner, hidden_states: Tensor, input_batch: Any, *args: Any, **kwargs: Any) -> Any:
+        if not input_batch.num_draft_tokens:
+            return drafts(self, hidden_states, input_batch, *args, **kwargs)
         rows = np.diff(input_batch.cu_num_logits_np)
-        tokens = np.repeat(input_batch.query_start_loc_np[: len(rows)], rows)
-        before = _tokens_of_logits.set(tokens if input_batch.num_draft_tokens else None)
+        before = _tokens_of_logits.set(np.repeat(input_batch.query_start_loc_np[: len(rows)], rows))
         try:
             return drafts(self, hidden_states, input_batch, *args, **kwargs)
         finally:

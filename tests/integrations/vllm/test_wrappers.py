@@ -45,6 +45,7 @@ IDS = [7, None, 9]  # of the adapters in the slots
 @pytest.fixture
 def bench(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "ERROR")  # which it sets for good where nothing else has
     return importlib.import_module("bench_vllm")
 
 
