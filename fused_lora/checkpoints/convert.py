@@ -88,8 +88,9 @@ def convert_adapter(
 
     Known are kohya's keys (``lora_unet_..._to_q.lora_down.weight`` with ``.alpha``), diffusers'
     (``to_q.lora_A.weight``, ``to_q.lora.down.weight``) and state dicts (``lora_A.default.weight``). The names of
-    torch.compile, FSDP, DDP, DeepSpeed and PEFT before or inside them go. Every key must be of LoRA on a linear layer:
-    lora_A, lora_B, alpha. Under PEFT's names it may be of DoRA or of LoRA on an embedding, too, and with the config
+    torch.compile, FSDP, DDP, DeepSpeed and PEFT before or inside them go. Every key must be of LoRA on a linear layer
+    or a 1x1 convolution, as which PEFT takes it where the base, or without one the file, has four dimensions: lora_A,
+    lora_B, alpha. Under PEFT's names it may be of DoRA or of LoRA on an embedding, too, and with the config
     beside it of parameters (``target_parameters``). Copies of the base's weights, which PEFT writes for embeddings and
     heads, are carried along in their dtype. What trains beside LoRA by the config (``bias``, ``lora_bias``, tokens,
     ``modules_to_save``) takes ``dtype``, if one is given. The scaling of a diffusers file is that of the configs in its
@@ -204,11 +205,14 @@ def convert_adapter(
         layers = dict(zip(in_config, layers.values(), strict=True))
         experts = {path: counts[named] for path, named in in_config.items() if named in counts}
         embeddings = {path for path, named in in_config.items() if named in embedded}
+        convolutions = set()
         for path, parts in layers.items():
             (rows, K), (N, _) = (_matrix(header.entries[parts[part]].shape) for part in "AB")
             count = experts.get(path, 1)
             shapes[path] = (rows // count, K, N)
             wide = weights.get(path if path in experts else f"{path}.weight", (None, None))[1]
+            if len(header.entries[parts["A"]].shape if wide is None else wide.shape) == 4:
+                convolutions.add(path)
             # of floating weights alone: what is quantised has another shape; transposed as in GPT-2
             if wide is not None and wide.dtype in CAST:
                 sizes = _matrix(wide.shape)
@@ -261,9 +265,10 @@ def convert_adapter(
             further[f"{KEY_PREFIX}{path}"] = TensorEntry(held, entry.shape, 0, 0), partial(finite, key, held)
         found = shapes, make, kind, alphas
         if not stack_experts:
-            stacked = write_layers(folder, target, *found, embeddings=embeddings, experts=experts, beside=further)
-        elif further or embeddings or experts:
-            other = next(iter((*further, *embeddings, *experts)))
+            kinds = {"embeddings": embeddings, "convolutions": convolutions}
+            stacked = write_layers(folder, target, *found, experts=experts, beside=further, **kinds)
+        elif further or embeddings or experts or convolutions:
+            other = next(iter((*further, *embeddings, *experts, *convolutions)))
             raise AdapterError(file_path, other, "LoRA on linear layers alone with stack_experts", "another kind")
         else:
             stacked = write_stacked(folder, target, *found, source=file_path)

@@ -33,6 +33,7 @@ def write_layers(
     *,
     embeddings: Container[str] = (),
     experts: Mapping[str, int] = MappingProxyType({}),
+    convolutions: Container[str] = (),
     beside: Mapping[str, Beside] = MappingProxyType({}),
 ) -> None:
     """Write an adapter; ``make(path)`` gives lora_A [r, K] and lora_B [N, r], one layer at a time.
@@ -44,13 +45,15 @@ def write_layers(
         embeddings: the paths that are, with lora_A [r, num_embeddings] and lora_B [embedding_dim, r].
         experts: how many each of the paths has that is of a parameter (``target_parameters``), in the order of their
             module; lora_A [experts * r, K] and lora_B [N, r * experts] in PEFT's packing.
+        convolutions: the paths that are, of 1x1; PEFT has lora_A [r, K, 1, 1] and lora_B [N, r, 1, 1] for them.
         beside: further tensors by key, written as they are.
 
     Raises ValueError where a tensor has not its shape or is not finite in ``dtype``, and for another dtype than fp32,
     bf16 and fp16. The folder is then as before.
     """
     config = _config(config, shapes, alphas, experts)
-    entries = _entries(shapes, dtype, embeddings, experts) + [(key, e.dtype, e.shape) for key, (e, _) in beside.items()]
+    entries = _entries(shapes, dtype, embeddings, experts, convolutions)
+    entries += [(key, e.dtype, e.shape) for key, (e, _) in beside.items()]
 
     def each() -> Iterator[Tensor]:
         for path, (r, K, N) in shapes.items():
@@ -115,6 +118,7 @@ def _entries(
     dtype: torch.dtype,
     embeddings: Container[str] = (),
     experts: Mapping[str, int] = MappingProxyType({}),
+    convolutions: Container[str] = (),
 ) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
     """(key, dtype, shape) of all tensors."""
     if dtype not in DTYPES:
@@ -123,7 +127,8 @@ def _entries(
     for path, (r, K, N) in shapes.items():
         A, B = EMBEDDING_SLOTS if path in embeddings else (".lora_A.weight", ".lora_B.weight")
         place, rows = KEY_PREFIX + wrappers.get(path, path), r * experts.get(path, 1)
-        entries += [(place + A, dtype, (rows, K)), (place + B, dtype, (N, rows))]
+        kernel = (1, 1) if path in convolutions else ()
+        entries += [(place + A, dtype, (rows, K, *kernel)), (place + B, dtype, (N, rows, *kernel))]
     return entries
 
 

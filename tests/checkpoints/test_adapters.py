@@ -332,6 +332,26 @@ def test_convert(tmp_path, kind):
     assert not (tmp_path / "no").exists()
 
 
+@pytest.mark.parametrize("in_file, in_base", [(4, 4), (2, 4), (4, 2), (4, None)])
+def test_convert_writes_1x1_convolutions_as_peft_has_them(tmp_path, in_file, in_base):
+    """Those of Stable Diffusion 1, as kohya trains them; in later models the same layers are linear."""
+    torch.manual_seed(shifted(0))
+    model = nn.ModuleDict({"proj_in": nn.Linear(K, N) if in_base == 2 else nn.Conv2d(K, N, 1)})
+    base = None
+    if in_base:
+        (base := tmp_path / "base").mkdir()
+        save_file(model.state_dict(), base / "diffusion_pytorch_model.safetensors")
+    A, B = torch.randn(4, K), torch.randn(N, 4)
+    named = "lora_unet_proj_in" if base else "proj_in"
+    pair = {"down": A, "up": B} if in_file == 2 else {"down": A[..., None, None], "up": B[..., None, None]}
+    tensors = {f"{named}.lora_{part}.weight": tensor.contiguous() for part, tensor in pair.items()}
+    save_file({**tensors, f"{named}.alpha": torch.tensor(2.0)}, tmp_path / "lora.safetensors")
+    convert_adapter(tmp_path / "lora.safetensors", tmp_path / "out", base=base)
+    tuned = peft.PeftModel.from_pretrained(model, tmp_path / "out")
+    delta = tuned.base_model.model["proj_in"].get_delta_weight("default")
+    assert_close(delta.flatten(1), 0.5 * B @ A, terms=4)
+
+
 def test_convert_reads_the_config_beside_the_file(tmp_path):
     adapter = write_adapter(tmp_path / "a", SHAPES)
     assert not convert_adapter(adapter / "adapter_model.safetensors", tmp_path / "out").assumed
