@@ -26,7 +26,7 @@ from fused_lora.modules.changes import alone
 from fused_lora.modules.fusable import why_inference, why_not_plain, why_not_plain_dropout, why_transformed
 from fused_lora.modules.mixed import MixedBatch, Rows, numbers_of, rows_by_name
 from fused_lora.modules.offload import is_sharded, refuse_sharded
-from fused_lora.ops.checks import as_float, as_scaling, is_known
+from fused_lora.ops.checks import as_float, as_scaling, is_known, is_scaling
 from fused_lora.ops.linear.op import Memory, _autocast_dtype, _autocasts, _rows, keeps_inference, recalled
 from fused_lora.ops.term.op import known_term, lora_term
 from fused_lora.ops.term.rows import lora_term_on_rows
@@ -180,7 +180,7 @@ class FusedLoraBehaviour(_Layer):
             if a is None:
                 continue
             b, drop, s = B[name], drops[name], scales[name]
-            if type(a) is not nn.Linear or type(b) is not nn.Linear or type(s) is not float:
+            if type(a) is not nn.Linear or type(b) is not nn.Linear or not isinstance(s, float) or not is_scaling(s):
                 return None
             of_a, of_b, of_drop = a.__dict__, b.__dict__, drop.__dict__
             if type(drop) is nn.Dropout and not of_drop["inplace"]:
@@ -195,7 +195,7 @@ class FusedLoraBehaviour(_Layer):
                 return None
             lora_A.append(a.get("weight"))
             lora_B.append(b.get("weight"))
-            scaling.append(s)
+            scaling.append(float(s))  # numpy's is a float, too
         for own in parts:
             if (
                 own["_forward_hooks"]
@@ -217,7 +217,7 @@ class FusedLoraBehaviour(_Layer):
             further = weight.kind
         elif kind.transposed and seen is not None:
             weight = seen = seen.t()
-        return (bias is None, *scaling, *dropout, *further), seen, weight, bias, lora_A, lora_B, scaling, dropout
+        return (bias is None, *dropout, *further), seen, weight, bias, lora_A, lora_B, scaling, dropout
 
     def _around_forward(self, x: Tensor, names: list[str], *args, **kwargs) -> tuple[Tensor, str | None]:
         """The base layer's own call and one operator for all adapters; (y, why the adapters' modules were called)."""

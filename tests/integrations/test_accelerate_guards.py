@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 import pickle
 import warnings
 from contextlib import nullcontext
@@ -979,6 +980,28 @@ def test_a_call_like_the_last_one_asks_nothing(shape, p, bias, report, monkeypat
         for each in (layer, own):
             each(torch.randn(rows, *shape[1:], requires_grad=True)).sum().backward()
     assert report()["fused"] == 3
+
+
+def test_a_scaling_of_its_own_for_each_call_asks_nothing(report, monkeypatch):
+    """As of a schedule, or the ``scale`` of diffusers."""
+    both, x = pair(), torch.randn(5, K)
+    ours, theirs = layers(both)[:2]
+    ours(x)
+
+    def asked(*args):
+        raise AssertionError("asked again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fused_lora.integrations.peft_linear.why_not_plain", asked)
+        for scale in (*np.linspace(0, 1, 20), -3.0, 0.25):
+            for layer in (ours, theirs):
+                layer.set_scale("default", scale)
+            assert_close(ours(x), theirs(x), terms=64)
+    assert report()["fused"] == 23
+    for scale in (math.nan, 1e300):  # which no operator takes
+        ours.scaling["default"] = scale
+        ours(x)
+    assert report() == {"fused": 23, "around": {}, "fallback": {"the scaling is no number": 2}}
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])

@@ -128,7 +128,7 @@ def _run(run, x, weight, bias, lora_A, lora_B, seeds) -> Tensor:
 class Memory:
     """What :func:`lora_linear` runs for the tensors of one layer, so that the next call with such tensors asks nothing.
 
-    Only the rows of x may differ (see :mod:`fused_lora.ops.alike`).
+    Only the rows of x (see :mod:`fused_lora.ops.alike`) and the scalings may differ.
     """
 
     __slots__ = ("_by_numbers", "_kept")
@@ -140,10 +140,11 @@ class Memory:
         return type(None), ()
 
     def find(self, x: Tensor, operands: tuple) -> tuple[torch.dtype | None, dict, torch.dtype | None] | None:
-        """The autocast dtype; what such calls run by layouts of x, as yet perhaps nothing; and what adapters round to.
+        """The autocast dtype; what such calls run by layouts of x and scalings, perhaps nothing yet; and what adapters
+        round to.
 
-        operands: all that the call depends on besides tensors; a tensor that stands for a packed weight; weight, bias,
-        lora_A, lora_B, scaling and dropout. None when no such call was learnt.
+        operands: all that the call depends on besides tensors and scalings; a tensor that stands for a packed weight;
+        weight, bias, lora_A, lora_B, scaling and dropout. None when no such call was learnt.
         """
         key, seen, _, bias, lora_A, lora_B, _, _ = operands
         alike = self._by_numbers.get(key)
@@ -195,13 +196,16 @@ def recalled(known: tuple, x: Tensor, operands: tuple) -> Tensor | None:
             torch.set_autocast_enabled(kind, True)
     # what autocast has rounded wants a gradient only where gradients are recorded
     layout = x.shape, x.stride(), (x.data_ptr() | weight.data_ptr()) % 16, torch.is_grad_enabled()
-    run = runs.get(layout)
+    by_scaling, numbers = runs.get(layout), tuple(scaling)
+    run = None if by_scaling is None else by_scaling.get(numbers)
     if run is None:
         if keeps_inference((x, *lora_A, *lora_B), (weight, bias)):
             return None
-        if len(runs) >= _RUNS:
-            runs.clear()
-        run = runs[layout] = plan.forward(x, weight, bias, lora_A, lora_B, scaling, dropout, None, rounded)
+        if by_scaling is None or len(by_scaling) >= _NUMBERS:  # which a schedule may change in every call
+            if len(runs) >= _RUNS:
+                runs.clear()
+            by_scaling = runs[layout] = {}
+        run = by_scaling[numbers] = plan.forward(x, weight, bias, lora_A, lora_B, scaling, dropout, None, rounded)
     return _run(run, x, weight, bias, lora_A, lora_B, None)
 
 
@@ -511,7 +515,7 @@ _apply = super(torch.autograd.Function, _Direct).apply
 _stack, _transforms = torch._C._len_torch_dispatch_stack, torch._C._are_functorch_transforms_active
 PLAIN = (Tensor, torch.nn.Parameter)  # subclasses bring their own arithmetic
 _CASTS = dict(zip(FLOAT_DTYPES, (Tensor.double, Tensor.float, Tensor.bfloat16, Tensor.half), strict=True))
-_RUNS, _NUMBERS = 256, 8  # of a layer: numbers of rows; scalings and dropouts, for sets of active adapters
+_RUNS, _NUMBERS = 256, 8  # of a layer: numbers of rows; scalings, and dropouts of sets of active adapters
 _is_tracing = torch._C._is_tracing
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 _library = torch.library.Library("fused_lora", "FRAGMENT")
