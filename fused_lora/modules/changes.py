@@ -42,13 +42,13 @@ FORWARDS: dict[tuple[int, int], tuple[nn.Module, FrameType]] = {}  # (watched mo
 
 def _ids(module: nn.Module) -> set[int]:
     """Of a module and all that it holds; a merge of many small layers would notice the time of ``modules()``."""
-    found: set[int] = set()
-    waiting = [module]
-    while waiting:
-        one = waiting.pop()
-        if id(one) not in found:
-            found.add(id(one))
-            waiting += [child for child in one._modules.values() if child is not None]
+    found, waiting = {id(module)}, [module]
+    for one in waiting:  # which grows meanwhile
+        for child in one._modules.values():
+            if child is not None and id(child) not in found:
+                found.add(id(child))
+                if child._modules:
+                    waiting.append(child)
     return found
 
 
@@ -69,10 +69,12 @@ class _Change:
         """Take all modules or none; returns the change that has one of them."""
         with _mutex:
             self.modules = _ids(module)
-            theirs = (CHANGING[m] for m in self.modules & CHANGING.keys())
-            other = next((c for c in theirs if c.thread != self.thread), None)
-            if other is None and not _admitted:
+            other, self.held = None, self.modules
+            if CHANGING:
+                theirs = (CHANGING[m] for m in self.modules & CHANGING.keys())
+                other = next((c for c in theirs if c.thread != self.thread), None)
                 self.held = self.modules - CHANGING.keys()
+            if other is None and not _admitted:
                 CHANGING.update(dict.fromkeys(self.held, self))
                 self.claimed = True
             return other

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from typing import Any
@@ -26,9 +27,14 @@ def is_own(function: Any, package: str) -> bool:
     code = getattr(function, "__code__", None)
     if code is None:
         return function is torch._C._nn.linear
-    # beside which file of the package: as code says, for in a frozen program modules say otherwise
+    return code.co_filename.startswith(_folder(package))
+
+
+@functools.cache
+def _folder(package: str) -> str:
+    """Of a package, as its code says it: in a frozen program modules say otherwise."""
     beside = torch.typename if package == "torch" else sys.modules["peft.config"].PeftConfigMixin.to_dict
-    return code.co_filename.startswith(os.path.dirname(beside.__code__.co_filename) + os.sep)
+    return os.path.dirname(beside.__code__.co_filename) + os.sep
 
 
 def why_replaced_in_torch() -> str | None:
