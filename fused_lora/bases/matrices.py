@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fused_lora.bases.base import Base, Factors, why_not_plain_weight
+from fused_lora.ops.checks import overlaps_itself
 from fused_lora.ops.merge import op as merging
 
 
@@ -20,14 +22,14 @@ class AsMatrix(Base):
         self.transposed = transposed
 
     def why_not_merged(self, module: Any) -> str | None:
-        """None for an ordinary contiguous weight."""
+        """None for an ordinary weight, in any order of memory."""
         weight = module._parameters.get("weight")
         if type(weight) is not nn.Parameter:
             return why_not_plain_weight(weight) or "a weight is no parameter"
         if getattr(module, "groups", 1) != 1:
             return "a convolution in groups"
-        if weight.layout is not torch.strided or not weight.is_contiguous():
-            return "a weight is not contiguous"
+        if weight.layout is not torch.strided or overlaps_itself(weight):
+            return "a weight has no memory of its own for every number"
         return why_not_plain_weight(weight.detach().flatten(1)) if weight.dim() > 1 else "a weight is no matrix"
 
     def features(self, module: Any) -> tuple[int, int]:
@@ -42,15 +44,34 @@ class AsMatrix(Base):
 
     def merge_(self, module: Any, factors: Factors, fan_in_fan_out: bool) -> merging.MergeRecord:
         """As :meth:`Base.merge_`, whatever the layer's fan_in_fan_out is."""
-        return super().merge_(module, factors, self.transposed)
+        A, B, scaling, row_scale, seed = factors
+        turned = self.transposed
+        return self._changed(module, lambda W: merging.merge_(W, A, B, scaling, row_scale, seed, fan_in_fan_out=turned))
+
+    def unmerge_(self, module: Any, record: merging.MergeRecord) -> None:
+        """As :meth:`Base.unmerge_`."""
+        self._changed(module, lambda W: merging.unmerge_(W, record))
+
+    def _changed(self, module: Any, change: Callable[[Tensor], Any]) -> Any:
+        """``change`` of the matrix, and its result. Of a weight in channels_last the matrix is a copy to write back."""
+        weight, matrix = super().matrix(module).detach(), self.matrix(module)
+        if weight.is_contiguous():
+            return change(matrix)
+        before, result = weight.clone(), change(matrix)
+        try:
+            weight.copy_(matrix.view(weight.shape))
+        except BaseException:  # an interrupt comes behind the copy
+            weight.copy_(before)
+            raise
+        return result
 
     def factors(self, record: merging.MergeRecord, fan_in_fan_out: bool) -> Factors:
         """As :meth:`Base.factors`."""
         return super().factors(record, self.transposed)
 
     def matrix(self, module: Any) -> Tensor:
-        """As :meth:`Base.matrix`."""
-        return super().matrix(module).detach().flatten(1)  # a view: the weight is contiguous
+        """As :meth:`Base.matrix`; a copy where the weight is not contiguous."""
+        return super().matrix(module).detach().flatten(1)
 
 
 EMBEDDING, CONVOLUTION = AsMatrix(transposed=True), AsMatrix(transposed=False)

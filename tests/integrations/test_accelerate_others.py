@@ -80,6 +80,63 @@ def test_embeddings_and_convolutions_come_back(dtype, count):
     merge_and_back(both, count, compare)
 
 
+LAST = torch.channels_last
+
+
+@pytest.mark.parametrize("before, merged", [(None, LAST), (LAST, None), (LAST, LAST)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_convolutions_in_any_order_of_memory_come_back(dtype, before, merged):
+    """``unet.to(memory_format=torch.channels_last)``, before a merge or while merged."""
+    torch.manual_seed(shifted(0))
+    convolutions = nn.Sequential(nn.Conv2d(4, 6, 3), nn.Conv2d(6, 5, 1)).to(dtype).eval()
+    both, x = SideBySide(wrap(convolutions, target_modules=["0", "1"])), torch.randn(2, 4, 5, 5, dtype=dtype)
+
+    def weights():
+        return [layer.base_layer.weight.detach().clone() for layer in both.ours.base_model.model]
+
+    def order(kept):
+        both.do(lambda m: m.to(memory_format=kept or torch.contiguous_format) and None)
+        assert all(w.is_contiguous(memory_format=kept or torch.contiguous_format) for w in weights())
+
+    order(before)
+    old = weights()
+    for _ in range(2):
+        both.do(lambda m: m.merge_adapter())
+        assert not any(torch.equal(w, held) for w, held in zip(weights(), old, strict=True))
+        if dtype is torch.float32:
+            assert_close(both.ours(x), both.theirs(x), terms=500)
+        order(merged)
+        both.do(lambda m: m.unmerge_adapter())
+        assert all(torch.equal(w, held) for w, held in zip(weights(), old, strict=True))
+        order(before)
+
+
+def test_an_interrupt_behind_a_merge_in_channels_last_changes_nothing(monkeypatch):
+    layer = fused_lora.accelerate(wrap(nn.Sequential(nn.Conv2d(4, 6, 3)), target_modules=["0"])).base_model.model[0]
+    layer.to(memory_format=LAST)
+    weight, old = layer.base_layer.weight, layer.base_layer.weight.detach().clone()
+    copy_, left = torch.Tensor.copy_, [1]
+
+    def interrupted(*args, **kwargs):
+        copied = copy_(*args, **kwargs)
+        if args[0].data_ptr() == weight.data_ptr() and left:
+            raise KeyboardInterrupt(left.pop())
+        return copied
+
+    monkeypatch.setattr(torch.Tensor, "copy_", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        layer.merge()
+    assert not layer.merged and torch.equal(weight, old)
+    layer.merge()
+    held = weight.detach().clone()
+    left.append(1)
+    with pytest.raises(KeyboardInterrupt):
+        layer.unmerge()
+    assert layer.merged and torch.equal(weight, held)
+    layer.unmerge()
+    assert torch.equal(weight, old)
+
+
 def test_a_tied_head_and_files(tmp_path):
     """The head reads the same memory, so a merge reaches it as PEFT's does, with PEFT's warning."""
     torch.manual_seed(shifted(0))
