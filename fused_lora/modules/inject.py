@@ -522,7 +522,10 @@ def check_new_name(model: nn.Module, name: str) -> dict[str, LoraConfig]:
 def check_module(model: nn.Module) -> None:
     """Raise TypeError if ``model`` is not a module."""
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+        parts = getattr(model, "components", None)  # of a pipeline of diffusers
+        parts = [name for name, part in parts.items() if isinstance(part, nn.Module)] if isinstance(parts, dict) else []
+        how = f"; call this for its models, one by one: {', '.join(parts)}" * bool(parts)
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}{how}")
 
 
 def check_not_wrapped(model: nn.Module) -> None:

@@ -87,6 +87,15 @@ def test_like_stock(report):
     }  # fmt: skip
 
 
+def test_a_pipeline_is_refused_with_the_names_of_its_models():
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+
+    parts = dict.fromkeys(["vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"])
+    pipe = FluxPipeline(scheduler=FlowMatchEulerDiscreteScheduler(), transformer=flux(), **parts)
+    with pytest.raises(TypeError, match="got FluxPipeline; call this for its models, one by one: transformer$"):
+        fused_lora.accelerate(pipe)
+
+
 @torch.no_grad()
 @pytest.mark.numeric
 def test_layerwise_casting(report):
