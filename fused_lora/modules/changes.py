@@ -132,7 +132,7 @@ def changing(module: nn.Module, forwards: bool = True) -> Iterator[None]:
                     pass
             elif not change.claimed:
                 time.sleep(_PAUSE)
-        while change.awaits():
+        while FORWARDS and change.awaits():
             time.sleep(_PAUSE)
         _waiting.discard(change.thread)
         yield
