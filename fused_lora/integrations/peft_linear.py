@@ -69,7 +69,7 @@ class AcceleratedLinear(FusedLoraBehaviour):
     """Forward, merge and unmerge of a ``lora.Linear``, for a class that has PEFT's as its next base."""
 
     _pefts_class: type[Any]
-    _pefts_forward: tuple[Any]  # its forward, when that was last found to be PEFT's
+    _pefts_forward: Any  # its forward, when that was last found to be PEFT's; a staticmethod, which Dynamo can read
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """PEFT's forward: base(x) + sum over active adapters of scaling * B(A(dropout(x))), in the dtype of base(x)."""
@@ -79,7 +79,7 @@ class AcceleratedLinear(FusedLoraBehaviour):
         simple = (
             not (args or own["_disable_adapters"] or any(_GLOBAL_HOOKS))
             and own["cast_input_dtype_enabled"]
-            and self._pefts_class.forward is self._pefts_forward[0]
+            and self._pefts_class.forward is self._pefts_forward
             and patches.of_torch() == patches.OF_TORCH
             and not (patches.MODES() and patches.why_followed())
         )
@@ -313,10 +313,10 @@ class AcceleratedLinear(FusedLoraBehaviour):
     def why_class_replaced(self) -> str | None:
         """None while the forward of PEFT's class is PEFT's, for all its layers."""
         forward = self._pefts_class.forward
-        if forward is not self._pefts_forward[0]:
+        if forward is not self._pefts_forward:
             if not patches.is_own(forward, "peft"):
                 return "PEFT's class has its forward replaced"
-            type(self)._pefts_forward = (forward,)
+            type(self)._pefts_forward = staticmethod(forward)
         return None
 
     def _fits_exactly(self, names: list[str]) -> bool:
@@ -399,6 +399,10 @@ def _has_own_memory(weight: Tensor) -> bool:
     return (n <= 1 or inner > 0) and (m <= 1 or outer > inner * (n - 1))
 
 
+def _none_yet() -> None:
+    """In place of PEFT's forward, until it has been looked at."""
+
+
 @functools.cache
 def accelerated(stock: type[nn.Module]) -> type[nn.Module]:
     """The class of accelerated layers of PEFT's class ``stock``: a subclass of it that goes by the same name."""
@@ -411,7 +415,7 @@ def accelerated(stock: type[nn.Module]) -> type[nn.Module]:
         _DORA = found
     own = BEHAVIOURS.get(stock.__name__, AcceleratedLinear)
     attributes = {"__module__": stock.__module__, "__doc__": own.__doc__}
-    attributes |= {"_pefts_class": stock, "_pefts_forward": (None,)}
+    attributes |= {"_pefts_class": stock, "_pefts_forward": staticmethod(_none_yet)}
     return type(stock.__name__, (own, stock), attributes)
 
 

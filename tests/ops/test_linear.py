@@ -331,6 +331,10 @@ def test_compiled_dropout_warns_where_seeds_may_be_drawn_again(option, value):
 
 @pytest.mark.parametrize("kind", ["mps", "xpu"])
 def test_autocast_of_devices_without_kernels(kind):
+    try:
+        torch.autocast(kind, dtype=torch.bfloat16)
+    except RuntimeError:  # of torch 2.8
+        pytest.skip("this torch asks macOS for its version")
     with FakeTensorMode(), torch.no_grad():
         x, W, A, B = (torch.empty(shape, device=kind) for shape in ((3, 8), (6, 8), (2, 8), (6, 2)))
         assert not _autocasts(x) and lora_linear(x, W, None, [A], [B], [1.0]).dtype == torch.float32
