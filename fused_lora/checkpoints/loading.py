@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from fused_lora.checkpoints.files import Checkpoint
 
@@ -18,42 +19,60 @@ class Loaded(NamedTuple):
     parts: int = 1
 
 
-def loaded_names(folder: str, names: Iterable[str]) -> dict[str, Loaded]:
-    """{parameter of the model: where it is} of all tensors that transformers renames, or splits by rows.
+class _Bounded(TorchFunctionMode):
+    """Calls of torch, for a model without weights: a ValueError where they are many more than its files need."""
 
-    With and without the beginning that models with a head have around their backbone. Empty without transformers 5, and
-    where the ``folder`` has no config of a model whose class is transformers' own.
+    def __init__(self, tensors: int):
+        self._left = 10_000 + 30 * tensors  # transformers' models make 3 to 7 for each
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._left -= 1
+        if self._left < 0:
+            raise ValueError("a model of more layers than the files have")
+        return function(*args, **(kwargs or {}))
+
+
+def loaded_names(folder: str, names: Collection[str]) -> dict[str, Loaded]:
+    """{parameter of the model: where it is} of all tensors that transformers loads as they are, or splits by rows.
+
+    Then with and without the beginning that models with a head have around their backbone. Empty without transformers
+    5, and where the ``folder`` has no config of a model whose class is transformers' own, or of many more layers.
     """
     try:
         import transformers
         from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import Chunk, WeightConverter, rename_source_key
+        from transformers.core_model_loading import Chunk, WeightConverter, dot_natural_key, rename_source_key
     except ImportError:
         return {}
     try:
-        config, _ = transformers.PretrainedConfig.get_config_dict(folder, local_files_only=True)
-        kind: Any = getattr(transformers, config["architectures"][0])
-        with torch.device("meta"):
-            model = kind(kind.config_class.from_dict(config))
+        about, _ = transformers.PretrainedConfig.get_config_dict(folder, local_files_only=True)
+        kind: Any = getattr(transformers, about["architectures"][0])
+        config = kind.config_class.from_dict(about)
+        config._attn_implementation = "eager"  # another may be a kernel that is downloaded and run
+        with _Bounded(len(names)), torch.device("meta"):
+            model = kind(config)
+        rules, own = get_model_conversion_mapping(model), model.state_dict()
+        prefix = model.base_model_prefix
     except Exception:  # whatever a config of another release, or of code beside it, leads to
         return {}
-    rules = get_model_conversion_mapping(model)
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
     renamings: list[Any] = [rule for rule in rules if not isinstance(rule, WeightConverter)]
-    prefix, own = model.base_model_prefix, model.state_dict()
     found: dict[str, Loaded] = {}
-    for stored in names:
+    for stored in sorted(names, key=dot_natural_key):  # as it loads them: some rules wait for a first name
         name, source = rename_source_key(stored, renamings, converters, prefix, own)
-        targets = {name: Loaded(stored)}
+        places = {name: Loaded(stored)}
         if source is not None:
-            rule = next(rule for rule in converters if source in rule.source_patterns)
-            whole, ends = len(rule.source_patterns) == 1, rule.target_patterns
-            by_rows = [type(op) is Chunk and op.dim == 0 for op in rule.operations] == [True]
-            parts = enumerate(ends if whole and by_rows else ())
-            targets = {name.replace(ends[0], end): Loaded(stored, i, len(ends)) for i, end in parts}
-        for target, place in targets.items():
-            inner = target.removeprefix(f"{prefix}.")
-            found |= {other: place for other in (target, inner, f"{prefix}.{inner}") if other not in found}
+            renamed, _ = rename_source_key(stored, renamings, [])
+            rule = next(rule for rule in converters if rule.rename_source_key(renamed)[1] is not None)
+            ends = rule.target_patterns
+            whole = len(rule.source_patterns) == 1 and [(type(op), getattr(op, "dim", 0)) for op in rule.operations]
+            parts = enumerate(ends if whole == [(Chunk, 0)] else ())
+            places = {name.replace(ends[0], end): Loaded(stored, i, len(ends)) for i, end in parts}
+        found |= {target: place for target, place in places.items() if target in own}
+    for target, place in list(found.items()):
+        inner = target.removeprefix(f"{prefix}.")
+        for other in (inner, f"{prefix}.{inner}"):
+            found.setdefault(other, place)
     return found
 
 

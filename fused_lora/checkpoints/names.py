@@ -7,6 +7,7 @@ resolves to exactly one tensor is refused by name.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -213,6 +214,8 @@ class Names:
                 return f"{text}. The checkpoint has {path}.{end}, of {_PACKED[end]}: these cannot be dequantised here"
         likely = likely_rename(paths, modules)
         hint = f"; likely rename: {likely[0]!r} -> {likely[1]!r}" if likely else ""
+        if self._folder and "transformers.conversion_mapping" not in sys.modules:
+            hint += "; transformers 5 was not asked, for it is not installed: it may know these names"
         return f"{text}{hint}; it has {some(modules, near=paths[0])}"
 
 

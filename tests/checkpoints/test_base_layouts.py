@@ -1,5 +1,8 @@
 """Published bases whose files have other names than the loaded model: merged into, and adapters extracted of them."""
 
+import subprocess
+import sys
+
 import peft
 import pytest
 import torch
@@ -8,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from fused_lora.adapters import AdapterError
 from fused_lora.checkpoints import extract_adapter, merge_checkpoint, unmerge_checkpoint
+from fused_lora.checkpoints.loading import loaded_names
 from fused_lora.testing.numeric import assert_close
 from helpers.checkpoint_files import SINGLE, change, contents, read_all
 from helpers.published import SIZES, TEXT, adapted, built
@@ -67,6 +71,51 @@ def test_names_are_unknown_without_a_config_that_transformers_takes(tmp_path, co
         (tmp_path / "base" / "config.json").unlink()
     with pytest.raises(AdapterError, match="layers are not in the checkpoint"):
         merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+
+
+def test_names_where_a_config_asks_for_a_kernel_of_the_hub(tmp_path):
+    """Nothing is computed: no kernel is downloaded, nor missed."""
+    adapted(built(tf.ViTForImageClassification, VIT, tmp_path / "base"), tmp_path / "adapter", **ALL)
+    change(tmp_path / "base" / "config.json", attn_implementation="kernels-community/flash-attn")
+    merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+
+
+def test_a_config_of_many_more_layers_than_the_files_have(tmp_path):
+    """A model of them would fill the memory."""
+    base = tmp_path / "base"
+    built(tf.ViTForImageClassification, VIT, base)
+    names = list(read_all(base))
+    assert loaded_names(str(base), names)
+    change(base / "config.json", num_hidden_layers=3000)
+    assert not loaded_names(str(base), names)
+
+
+def test_names_in_another_order(tmp_path):
+    """Some of the rules wait for a first name, and transformers sorts what it loads."""
+    kind = getattr(tf, "Kimi_K25ForConditionalGeneration", None)
+    if kind is None:
+        pytest.skip("transformers has no such model yet")
+    experts = dict(moe_intermediate_size=16, n_routed_experts=4)
+    text = dict(TEXT, num_key_value_heads=4, first_k_dense_replace=2, **experts)
+    config = kind.config_class(text_config=text, vision_config=SIZES, architectures=[kind.__name__])
+    config.save_pretrained(tmp_path)
+    blocks = [f"vision_tower.encoder.blocks.{i}.mlp.fc{j}.weight" for i in range(2) for j in range(2)]
+    found = loaded_names(str(tmp_path), blocks[::-1])
+    assert found["model.vision_tower.layers.1.mlp.fc1.weight"].stored == blocks[2]
+    assert found["model.vision_tower.layers.1.mlp.fc2.weight"].stored == blocks[3]
+
+
+def test_an_error_says_that_transformers_was_not_asked(tmp_path):
+    adapted(built(tf.ViTForImageClassification, VIT, tmp_path / "base"), tmp_path / "adapter", **ALL)
+    script = (
+        "import sys\n"
+        "sys.modules['transformers'] = None\n"
+        "from fused_lora.checkpoints import merge_checkpoint\n"
+        "merge_checkpoint(*sys.argv[1:])\n"
+    )
+    paths = [str(tmp_path / name) for name in ("base", "adapter", "out")]
+    run = subprocess.run([sys.executable, "-c", script, *paths], capture_output=True, text=True)
+    assert run.returncode == 1 and "transformers 5 was not asked, for it is not installed" in run.stderr, run.stderr
 
 
 LLAVA = dict(text_config=dict(model_type="llama", **TEXT), vision_config=dict(SIZES, image_size=28, patch_size=14))
