@@ -44,7 +44,7 @@ def _ids(module: nn.Module) -> set[int]:
     """Of a module and all that it holds; a merge of many small layers would notice the time of ``modules()``."""
     found, waiting = {id(module)}, [module]
     for one in waiting:  # which grows meanwhile
-        for child in one._modules.values():
+        for child in list(one._modules.values()):  # at once: another thread may add some
             if child is not None and id(child) not in found:
                 found.add(id(child))
                 if child._modules:

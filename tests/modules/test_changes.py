@@ -257,6 +257,26 @@ def test_models_without_a_common_module_do_not_wait_for_each_other():
     assert other.fc[0].merged and not one.fc[0].merged
 
 
+def test_a_look_at_a_model_that_another_thread_gives_a_layer():
+    """Whoever waits for a change looks at modules that the change may add to meanwhile."""
+
+    class Added(torch.nn.Module):
+        @property
+        def _modules(self):
+            model.register_module(str(len(model)), torch.nn.Identity())
+            return {}
+
+        @_modules.setter
+        def _modules(self, value):
+            pass
+
+    model = torch.nn.Sequential(torch.nn.Identity())
+    model.register_module("1", Added())
+    model.register_module("2", torch.nn.Identity())
+    with changing(model):
+        assert len(model) > 3
+
+
 def test_a_part_of_a_model_and_the_model_wait_for_each_other():
     model = ours()
     with ThreadPoolExecutor(1) as pool:
