@@ -53,13 +53,14 @@ class AsMatrix(Base):
         self._changed(module, lambda W: merging.unmerge_(W, record))
 
     def _changed(self, module: Any, change: Callable[[Tensor], Any]) -> Any:
-        """``change`` of the matrix, and its result. Of a weight in channels_last the matrix is a copy to write back."""
-        weight, matrix = super().matrix(module).detach(), self.matrix(module)
+        """``change`` of the matrix, and its result. Of a weight in channels_last it is a copy, to be written back."""
+        weight = super().matrix(module).detach()
         if weight.is_contiguous():
-            return change(matrix)
-        before, result = weight.clone(), change(matrix)
+            return change(weight.flatten(1))
+        before, changed = weight.clone(), weight.clone(memory_format=torch.contiguous_format)
+        result = change(changed.flatten(1))
         try:
-            weight.copy_(matrix.view(weight.shape))
+            weight.copy_(changed)
         except BaseException:  # an interrupt comes behind the copy
             weight.copy_(before)
             raise

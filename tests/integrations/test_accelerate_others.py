@@ -111,6 +111,23 @@ def test_convolutions_in_any_order_of_memory_come_back(dtype, before, merged):
         order(before)
 
 
+@pytest.mark.parametrize("kind", [nn.Conv1d, nn.Conv2d])
+def test_a_weight_whose_matrix_is_transposed_in_memory_comes_back(kind):
+    """A view of it has the shape of the matrix."""
+    torch.manual_seed(shifted(0))
+    layer = kind(4, 6, 1)
+    layer.weight.data = layer.weight.detach().transpose(0, 1).contiguous().transpose(0, 1)
+    assert not layer.weight.is_contiguous()
+    both = SideBySide(wrap(nn.Sequential(layer), target_modules=["0"]))
+    weights = [m.base_model.model[0].base_layer.weight for m in (both.ours, both.theirs)]
+    old = weights[0].detach().clone()
+    both.do(lambda m: m.merge_adapter())
+    assert not torch.equal(weights[0], old)
+    assert_close(*weights, terms=100)
+    both.do(lambda m: m.unmerge_adapter())
+    assert torch.equal(weights[0], old)
+
+
 def test_an_interrupt_behind_a_merge_in_channels_last_changes_nothing(monkeypatch):
     layer = fused_lora.accelerate(wrap(nn.Sequential(nn.Conv2d(4, 6, 3)), target_modules=["0"])).base_model.model[0]
     layer.to(memory_format=LAST)
