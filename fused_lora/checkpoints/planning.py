@@ -153,7 +153,8 @@ class _Planner:
     def _untie_stored(self, adapter: AdapterFile, key: str) -> None:
         """Of a head that is stored and changes: a config that ties it would put the embedding in its place."""
         tied = (self._base.config or {}).get("tie_word_embeddings")
-        if tied:
+        apart = all(any(name.endswith(end) for name in self._base.tensors) for end in _OF_SHARED)
+        if tied or (tied is None and not apart):
             self._check_untied(adapter, key)
         if tied is not False:
             self._untie()
@@ -372,7 +373,7 @@ class _Planner:
             held = change.held if change.kind != "merge" else change.embedded()
             if held is None or change.source == head or not self._is_of_tokens(change):
                 continue
-            for copy in self._copies(change.source, head):
+            for copy in self._copies(change, head):
                 if change.kind != "rows":
                     if copy == head:
                         self._check_untied(*held)
@@ -382,12 +383,17 @@ class _Planner:
                     found = f"{change.source!r}, to which {copy!r} is tied"
                     raise AdapterError(adapter.plan.weights, key, "an embedding of its own", found)
 
-    def _copies(self, source: str, head: str | None) -> list[str]:
-        """The head, and of the embedding that T5's and BART's encoder and decoder share those of both."""
+    def _copies(self, change: Change, head: str | None) -> list[str]:
+        """The head, and of the embedding that T5's and BART's encoder and decoder share those of both. Tokens go into a
+        head that the config ties, as in PEFT, though transformers leaves it apart where its bytes are others."""
+        source, own = change.source, self._base.tensors[change.source]
         shared = source.endswith("shared.weight") and any(part.get("is_encoder_decoder") for part in self._configs)
         names = [name for name in self._base.tensors if name == head or (shared and name.endswith(_OF_SHARED))]
-        own = self._base.tensors[source]
-        return [name for name in names if _same_bytes(*own, *self._base.tensors[name])]
+        found = [name for name in names if _same_bytes(*own, *self._base.tensors[name])]
+        if head is not None and head not in (*found, *self.found) and change.kind == "rows":
+            same = self._base.tensors[head][1].shape == own[1].shape
+            found += [head] * bool(same and (self._base.config or {}).get("tie_word_embeddings"))
+        return found
 
     def _is_of_tokens(self, change: Change) -> bool:
         """Whether it is the embedding of the input's tokens, by its name, or as one that has a row for each."""

@@ -15,6 +15,8 @@ from helpers.checkpoint_files import SINGLE, change, contents, read_all
 from helpers.published import SIZES, TEXT, adapted, built
 from helpers.seeds import shifted
 
+BART = dict(vocab_size=90, d_model=32, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=48, decoder_ffn_dim=48)
+BART |= dict(encoder_attention_heads=4, decoder_attention_heads=4)
 TWICE = {  # what trains -> the config's tie afterwards
     "tokens": (dict(trainable_token_indices=[3, 7]), True),
     "a whole embedding": (dict(modules_to_save=["embed_tokens"]), False),
@@ -52,9 +54,7 @@ def test_a_tied_head_that_is_stored_too(tmp_path, name):
 @pytest.mark.parametrize("twice", [False, True])
 def test_tokens_of_an_embedding_that_an_encoder_and_a_decoder_share(tmp_path, twice):
     """Older files have the embedding three times. PEFT's tokens are those of all."""
-    sizes = dict(vocab_size=90, d_model=32, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=48, decoder_ffn_dim=48)
-    sizes |= dict(encoder_attention_heads=4, decoder_attention_heads=4)
-    model = built(tf.BartForConditionalGeneration, sizes, tmp_path / "base")
+    model = built(tf.BartForConditionalGeneration, BART, tmp_path / "base")
     if twice:
         weight = model.model.shared.weight.detach()
         copies = {f"model.{part}.embed_tokens.weight": weight.clone() for part in ("encoder", "decoder")}
@@ -87,8 +87,44 @@ def test_tokens_of_a_tied_embedding_beside_lora_on_the_stored_head_are_refused(t
         merge_checkpoint(tmp_path / "base", [tmp_path / "tokens", tmp_path / "head"], tmp_path / "out")
     # a head with other bytes is not tied, as transformers loads it
     change(tmp_path / "base" / SINGLE, **{"lm_head.weight": weight + 1})
-    report = merge_checkpoint(tmp_path / "base", tmp_path / "tokens", tmp_path / "out")
-    assert "lm_head.weight" not in [c["tensor"] for c in report.changes]
+    model = tf.LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    adapted(model, tmp_path / "another", target_modules=["lm_head"])
+    merge_checkpoint(tmp_path / "base", [tmp_path / "tokens", tmp_path / "another"], tmp_path / "out")
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_tokens_where_the_stored_head_is_another(tmp_path, tie):
+    """PEFT goes by the config: tokens go into a head that it ties, though transformers has left that apart."""
+    built(tf.LlamaForCausalLM, dict(TEXT, tie_word_embeddings=tie), tmp_path / "base")
+    weight = read_all(tmp_path / "base")["model.embed_tokens.weight"]
+    change(tmp_path / "base" / SINGLE, **{"lm_head.weight": weight + 1})
+    model = tf.LlamaForCausalLM.from_pretrained(tmp_path / "base").eval()
+    wrapped = adapted(model, tmp_path / "adapter", target_modules=["q_proj"], trainable_token_indices=[3, 7])
+    merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    merged, theirs = read_all(tmp_path / "out"), wrapped.merge_and_unload().state_dict()
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        assert torch.equal(merged[name], theirs[name])
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_stored_head_of_an_encoder_decoder_whose_config_does_not_say_that_it_ties(tmp_path, apart):
+    """As of BART's first files. Untied, the encoder and the decoder need embeddings of their own in the file."""
+    built(tf.BartForConditionalGeneration, BART, tmp_path / "base")
+    embedding, config = read_all(tmp_path / "base")["model.shared.weight"], tmp_path / "base" / "config.json"
+    parts = ("lm_head", *(["model.encoder.embed_tokens", "model.decoder.embed_tokens"] if apart else []))
+    change(tmp_path / "base" / SINGLE, **{f"{part}.weight": embedding.clone() for part in parts})
+    config.write_text(json.dumps({k: v for k, v in json.loads(config.read_text()).items() if "tie_word" not in k}))
+    model = tf.BartForConditionalGeneration.from_pretrained(tmp_path / "base").eval()
+    wrapped = adapted(model, tmp_path / "adapter", target_modules=["lm_head"])
+    if not apart:
+        with pytest.raises(AdapterError, match="a head that is all that is tied to the embedding"):
+            merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+        return
+    merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    merged, ids = tf.BartForConditionalGeneration.from_pretrained(tmp_path / "out").eval(), torch.arange(1, 9)[None]
+    with torch.no_grad():
+        found, wanted = (m(input_ids=ids, decoder_input_ids=ids).logits for m in (merged, wrapped.eval()))
+    assert_close(found, wanted, terms=1000)
 
 
 def test_a_head_with_a_bias(tmp_path):
