@@ -20,10 +20,10 @@ class Loaded(NamedTuple):
 
 
 class _Bounded(TorchFunctionMode):
-    """Calls of torch, for a model without weights: a ValueError where they are many more than its files need."""
+    """Calls of torch, for a model without weights: a ValueError after ``most``."""
 
-    def __init__(self, tensors: int):
-        self._left = 10_000 + 30 * tensors  # transformers' models make 3 to 7 for each
+    def __init__(self, most: int):
+        self._left = most
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self._left -= 1
@@ -44,12 +44,16 @@ def loaded_names(folder: str, names: Collection[str]) -> dict[str, Loaded]:
         from transformers.core_model_loading import Chunk, WeightConverter, dot_natural_key, rename_source_key
     except ImportError:
         return {}
+    most = 10_000 + 30 * len(names)  # calls of torch, of which transformers' models make 3 to 7 for each tensor
     try:
         about, _ = transformers.PretrainedConfig.get_config_dict(folder, local_files_only=True)
+        for part in (about, *(value for value in about.values() if isinstance(value, dict))):
+            if any("layer" in key and isinstance(count, int) and count > most for key, count in part.items()):
+                return {}  # a config makes lists of them
         kind: Any = getattr(transformers, about["architectures"][0])
         config = kind.config_class.from_dict(about)
         config._attn_implementation = "eager"  # another may be a kernel that is downloaded and run
-        with _Bounded(len(names)), torch.device("meta"):
+        with _Bounded(most), torch.device("meta"):
             model = kind(config)
         rules, own = get_model_conversion_mapping(model), model.state_dict()
         prefix = model.base_model_prefix
