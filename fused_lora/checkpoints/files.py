@@ -168,7 +168,9 @@ def _elsewhere(folder: str) -> str:
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         if any(name.endswith(".safetensors") for name in names):
             found.append(os.path.relpath(where, folder))
-        if len(found) == _MOST_PLACES or where.count(os.sep) - folder.count(os.sep) >= 2:
+        if len(found) == _MOST_PLACES:
+            break
+        if where.count(os.sep) - folder.count(os.sep) >= 2:
             folders.clear()
     return f"no file of weights; there are some in {some(found)}: name that folder" if found else "no file of weights"
 
