@@ -178,7 +178,7 @@ def _elsewhere(folder: str) -> str:
 def other_tokenizer(folder: str, base: Checkpoint) -> list[str]:
     """Files of a tokenizer or template in the folder of an adapter that the base does not have so, by path."""
     found = []
-    for name in sorted(name for name in os.listdir(folder) if name in _TOKENIZER):
+    for name in sorted(_TOKENIZER):
         path, own = os.path.join(folder, name), os.path.join(base.folder, name)
         if os.path.isfile(path) and not (os.path.isfile(own) and filecmp.cmp(path, own, shallow=False)):
             found.append(path)

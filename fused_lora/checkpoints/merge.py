@@ -10,7 +10,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -412,9 +412,8 @@ class _Merge:
         write_shard(shard, path, header, pieces(), meter)
         return header
 
-    def _sums(self, about: dict[str, Any]) -> dict[str, Any]:
-        """What the index has of these entries, of the output."""
-        items = [item for shard in self._base.shards for item in self.items(shard)]
+    def _sums(self, about: dict[str, Any], items: Collection[Item]) -> dict[str, Any]:
+        """What the index has of these entries, of the output's tensors."""
         found: dict[str, Any] = {"total_size": sum(item.nbytes for item in items)}
         if isinstance(count := about.get("total_parameters"), int):
             added = [item for item in items if item.change is not None and item.change.added]
@@ -427,10 +426,10 @@ class _Merge:
         """Index, config and provenance of the output. A file that does not change keeps its bytes."""
         base, files = self._base, {}
         if base.index is not None and base.index_name is not None:
-            names = {item.name: shard.name for shard in base.shards for item in self.items(shard)}
-            index = {**base.index, "weight_map": dict(sorted(names.items()))}
+            items = {item.name: (item, shard.name) for shard in base.shards for item in self.items(shard)}
+            index = {**base.index, "weight_map": {name: shard for name, (_, shard) in sorted(items.items())}}
             if isinstance(about := base.index.get("metadata"), dict):
-                index["metadata"] = {**about, **self._sums(about)}
+                index["metadata"] = {**about, **self._sums(about, [item for item, _ in items.values()])}
             files[base.index_name] = json_bytes(index)
         if base.config is not None:
             config = {**base.config, **self._changes.config}

@@ -195,6 +195,7 @@ class _Planner:
         (path, stack, transposed), (experts, height, _) = adapted, adapted.stack.shape
         self.parameters[path] = stack.name
         for stored, expert, skip, rows in stack.matrices:
+            self._check_dense(adapter, path, stored)
             change = self._change_of(adapter, path, stored, transposed)
             if expert is not None:
                 self._add_term(change, 0, rows, Term(adapter, path, skip, expert))
@@ -207,11 +208,10 @@ class _Planner:
     def _change_of(
         self, adapter: AdapterFile, path: str, stored: str, transposed: bool, name: str | None = None
     ) -> Change:
-        """The merge of a stored weight, of which a layer may be a part; ``name``: of a tensor added to the base."""
+        """The merge of a dense weight, of which a layer may be a part; ``name``: of a tensor added to the base."""
         weights, key = adapter.plan.weights, adapter.plan.slots[path]["lora_A"]
         if stored in self._packed and transposed:
             raise AdapterError(weights, key, f"a delta as {stored!r} is stored, for it is quantised", "transposed")
-        self._check_dense(adapter, path, stored)
         place = name if name in self.found else stored
         change = self.found.setdefault(place, Change(stored, stored, "merge", transposed=transposed))
         if change.kind != "merge":
